@@ -1,0 +1,121 @@
+"""The commands: parse, load the settings, hand over. Heavy imports happen inside the command that needs them."""
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from dist_train.config import Settings, describe_settings
+from dist_train.config_file import load_settings
+from dist_train.errors import DistTrainError, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status; what goes wrong for a user is one line on standard error."""
+    rank, is_alone = int(os.environ.get("RANK", 0)), "RANK" not in os.environ
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
+    try:
+        options, overrides = _parser().parse_known_args(arguments)
+        settings = load_settings(options.config, overrides)
+    except UserError as error:
+        if rank == 0:  # every process reads the same settings and finds the same mistakes
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    try:
+        options.run(settings)
+    except DistTrainError as error:
+        print(f"error: {error}" + ("" if is_alone else f" (rank {rank})"), file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def _prepare(settings: Settings) -> None:
+    """documents to token shards and a manifest"""
+    from dist_train.data.prepare import prepare
+
+    manifest, is_new = prepare(settings.data)
+    print(f"{settings.data.dir} " + ("is prepared:" if is_new else "was prepared already:"))
+    for name, split in (("train", manifest.train), ("val", manifest.val)):
+        print(
+            f"  {name:<5}  {split.tokens:>13,} tokens  {split.documents:>9,} documents  {len(split.shards):>4} shards"
+        )
+
+
+def _train(settings: Settings) -> None:
+    """train a network; under torchrun with all the processes it started"""
+    from dist_train.training.trainer import train
+
+    folder = train(settings)
+    if int(os.environ.get("RANK", 0)):
+        return
+    from dist_train.study.plots import plot_loss
+
+    picture = plot_loss(folder.root)
+    sample = max(folder.samples.glob("step-*.txt"))
+    print(f"\n{sample.read_text(encoding='utf-8').rstrip()}\n")
+    print(f"run folder   {folder.root}")
+    print(f"loss plot    {picture}")
+    print(f"sample text  {sample}")
+    print(f"tensorboard  {sys.executable} -m tensorboard.main --logdir {folder.root.parent}")
+
+
+_COMMANDS: dict[str, Callable[[Settings], None]] = {"prepare": _prepare, "train": _train}
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other mistake is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dist-train",
+        description="Distributed training of GPT-style language models. How many last positions of a sequence the "
+        "loss sees is one setting: loss.last_k, from 1 (final-token training) to all.",
+        epilog="dist-train COMMAND --help explains a command and lists every setting.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, command in _COMMANDS.items():
+        added = commands.add_parser(
+            name,
+            help=command.__doc__,
+            description=f"{name}: {command.__doc__}.",
+            epilog=_settings_help(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=f"dist-train {name} CONFIG [--section.key=value ...]",
+            allow_abbrev=False,
+        )
+        added.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of settings, as in configs/")
+        added.set_defaults(run=command)
+    return parser
+
+
+def _settings_help() -> str:
+    lines = ["settings, each with its default, as --section.key=value:"]
+    for key, default, meaning in describe_settings():
+        lines += [
+            f"  --{key}={default}",
+            textwrap.fill(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6),
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Every setting once, with its meaning, unit, bounds and default.
+
+A field's docstring is its help: `--help` and the README's table come from here.
+Imports no other room and no torch, so that `--help` answers at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """One section of the settings: strict types, no unknown keys, nothing changes after loading."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunSettings(Section):
+    out_dir: Path
+    """Run folder: settings, metrics, checkpoints, samples, plots. By default `runs/` and the config's name."""
+    seed: NonNegativeInt = 1337
+    """All randomness of a run is derived from this number: weights, windows, dropout, samples."""
+
+    def derive_seed(self, purpose: str, *numbers: int) -> int:
+        """Return the seed (63 bits) of one generator, named by its purpose and e.g. step and rank.
+
+        Derived seeds need no generator state in checkpoints, and drawing for one purpose never moves another.
+        """
+        key = json.dumps([self.seed, purpose, *numbers]).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+class DataSettings(Section):
+    source: Literal["python-docs", "python-web", "files", "fineweb"] = "python-docs"
+    """Where documents come from: `python-docs` (Python's language reference: one style, a "book"), `python-web`
+    (READMEs and docstrings of what is installed: many styles, a "web"), `files` (`data.path`), `fineweb` (the hub)."""
+    path: str | None = None
+    """For `files`: a file, folder or glob of `.txt`, `.jsonl` or `.parquet`."""
+    text_column: str = "text"
+    """For `.jsonl`, `.parquet` and the hub: the column that holds the text."""
+    subset: str = "sample-10BT"
+    """For `fineweb`: the subset's name on the hub."""
+    max_documents: PositiveInt | None = None
+    """Read only this many documents, the first ones of the source."""
+    dir: Path
+    """Folder of the token shards and their `manifest.json`; prepared if missing. Folders of shards that llm.c,
+    modded-nanogpt or nanoGPT wrote (`*train*.bin`, `*val*.bin`) load as they are. By default `data/` and the source's
+    and tokenizer's names."""
+    shard_format: Literal["llm.c", "headerless"] = "llm.c"
+    """`headerless` reads nanoGPT's bare uint16 `.bin` files; everything else has llm.c's header."""
+    shard_tokens: PositiveInt = 100_000_000
+    """Tokens per shard file that `prepare` writes."""
+    tokenizer: str = "gpt2"
+    """A tiktoken name, `bytes` (256 bytes and end-of-text; needs no download) or the path of a `.tiktoken` file."""
+    val_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share held out for evaluation: of the documents, or the end of the text where the source is a single one."""
+    sampling: Literal["random", "shuffle"] = "random"
+    """`random`: windows at uniform offsets. `shuffle`: every window of `data.stride` once per epoch,
+    in random order."""
+    stride: PositiveInt | None = None
+    """For `shuffle`: tokens from one window's start to the next. By default `model.block_size`."""
+
+
+class ModelSettings(Section):
+    n_layer: PositiveInt = 12
+    """Transformer blocks."""
+    n_head: PositiveInt = 12
+    """Attention heads per block."""
+    n_embd: PositiveInt = 768
+    """Width of the residual stream; a multiple of `n_head`."""
+    block_size: PositiveInt = 256
+    """Context length T: tokens per sequence."""
+    vocab_multiple: PositiveInt = 1
+    """Pad the embedding's rows to a multiple of this (128 suits GPUs); padded ids are never predicted."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Probability of dropping, while training only: embeddings, attention weights, and each branch's output."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorms."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """The MLP's activation: exact GELU, or GPT-2's tanh approximation."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon inside the LayerNorms."""
+    logit_scale: PositiveFloat | Literal["rsqrt_n_embd"] = 1.0
+    """Factor on the logits; `rsqrt_n_embd` divides them by the square root of `n_embd`."""
+    initialization: Literal["model5", "gpt2"] = "gpt2"
+    """`model5`: linear N(0, 0.02), embeddings Xavier normal. `gpt2`: all N(0, 0.02), residual projections smaller
+    by the square root of 2 `n_layer`."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelSettings":
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        return self
+
+
+class LossSettings(Section):
+    last_k: PositiveInt | Literal["all"] = 1
+    """How many last positions of each sequence the loss sees: 1 is final-token training, `all` all-token training."""
+
+
+class OptimSettings(Section):
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of a `cosine` schedule."""
+    warmup_iters: NonNegativeInt = 0
+    """Iterations over which the learning rate rises linearly to its peak."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    decay: Literal["all", "matrices"] = "all"
+    """Which parameters decay: `all`, or `matrices` alone (no biases, no LayerNorms)."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    eps: PositiveFloat = 1e-8
+    """Added to the update's denominator."""
+    grad_clip: PositiveFloat | None = None
+    """Scale the gradient down to this norm where it is longer; null: no clipping."""
+
+
+class TrainSettings(Section):
+    max_iters: PositiveInt = 1234
+    """Updates of the weights."""
+    global_batch_size: PositiveInt = 64
+    """Sequences per update, over all processes and micro-batches: independent of the number of GPUs."""
+    micro_batch_size: PositiveInt | None = None
+    """At most this many sequences at once on one process; the rest is accumulated. null: all at once."""
+
+
+class EvalSettings(Section):
+    interval: PositiveInt = 80
+    """Evaluate every this many iterations, and before the first and after the last."""
+    batches: PositiveInt = 8
+    """Held-out windows per evaluation, in units of `train.global_batch_size`; the same windows every time."""
+    ranks: Literal["rank0", "all"] = "rank0"
+    """Which processes evaluate; the result is the same."""
+
+
+class SampleSettings(Section):
+    prompt: str = "I went on holiday to Liliput and"
+    """Text that samples continue."""
+    temperature: PositiveFloat = 1.1
+    """Logits are divided by this before sampling: below 1 is safer, above 1 wilder."""
+    max_new_tokens: PositiveInt = 100
+    """Tokens to generate."""
+
+
+class CheckpointSettings(Section):
+    interval: PositiveInt = 400
+    """Save every this many iterations, and after the last."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the newest complete checkpoint in `run.out_dir`; `never` refuses a folder
+    that has a run."""
+
+
+class RuntimeSettings(Section):
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """`auto` takes the first of cuda, mps, cpu that is there."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type; weights stay fp32. `auto`: bf16 where the hardware has it, fp16 on other GPUs, else fp32."""
+    compile: bool = False
+    """Compile the network with `torch.compile`: slower to start, faster to run."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, or an error where there is none."""
+    timeout_seconds: PositiveFloat = 120.0
+    """How long a process waits for the others before the run fails. Evaluation and saving may take longer."""
+
+
+class LogSettings(Section):
+    interval: PositiveInt = 10
+    """Write metrics every this many iterations: one line per iteration all the same."""
+
+
+class Settings(Section):
+    """All settings of a run."""
+
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    sample: SampleSettings = SampleSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Settings":
+        mistakes = []
+        if self.loss.last_k != "all" and self.loss.last_k > self.model.block_size:
+            mistakes.append(
+                f"loss.last_k={self.loss.last_k} is more than model.block_size={self.model.block_size}; "
+                f"use `all` for every position"
+            )
+        if (self.data.source == "files") != (self.data.path is not None):
+            mistakes.append("data.path and data.source: files go together; set both or neither")
+        if self.optim.lr_schedule == "cosine" and self.optim.warmup_iters >= self.train.max_iters:
+            mistakes.append(
+                f"optim.warmup_iters={self.optim.warmup_iters} leaves nothing of "
+                f"train.max_iters={self.train.max_iters}; lower it"
+            )
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    @property
+    def last_k(self) -> int:
+        """Supervised positions per sequence, 1 … block_size."""
+        return self.model.block_size if self.loss.last_k == "all" else self.loss.last_k
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that loads to the same settings."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ---- describing ------------------------------------------------------------------------------------------------------
+
+
+def describe_settings() -> Iterator[tuple[str, str, str]]:
+    """Yield `(section.key, default, meaning)` of every setting, in order: what `--help` and the README show."""
+    for section, outer in Settings.model_fields.items():
+        for key, field in outer.annotation.model_fields.items():  # type: ignore[union-attr]
+            default = "derived" if field.is_required() else json.dumps(field.default)
+            yield f"{section}.{key}", default, " ".join((field.description or "").split())
+
+
+def settings_table() -> str:
+    """Return the README's table of settings in Markdown."""
+    rows = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in describe_settings()]
+    return "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *rows])

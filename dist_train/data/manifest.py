@@ -1,0 +1,112 @@
+"""What a folder of token shards holds: its `manifest.json`, or, without one, the shards that other tools wrote."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train.config import DataSettings
+from dist_train.data.shards import Shard, TokenStream, map_shard
+from dist_train.errors import UserError
+
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The train or the val part of prepared data."""
+
+    tokens: int
+    documents: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Prepared data: with which tokenizer, from what, and every shard with its hash."""
+
+    tokenizer: dict[str, Any]
+    source: dict[str, Any]
+    train: Split
+    val: Split
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`; last, because its presence says that the data is complete."""
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest | None":
+        """Return the folder's manifest, or None where there is none. Raises `UserError` if it is damaged."""
+        path = folder / FILE
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            splits = {
+                name: Split(
+                    values[name]["tokens"],
+                    values[name]["documents"],
+                    tuple(Shard(**shard) for shard in values[name]["shards"]),
+                )
+                for name in ("train", "val")
+            }
+            return Manifest(values["tokenizer"], values["source"], **splits)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}); delete {folder} and prepare again") from None
+
+
+def source_identity(settings: DataSettings) -> dict[str, Any]:
+    """Return the settings that decide which tokens come out of `prepare`, as they stand in the manifest."""
+    keys = ("source", "path", "text_column", "subset", "max_documents", "val_fraction", "shard_tokens")
+    return settings.model_dump(mode="json", include=set(keys))
+
+
+def require_match(manifest: Manifest, settings: DataSettings) -> None:
+    """Raise `UserError` naming the first setting in which prepared data differs from what is asked for."""
+    wanted = {**source_identity(settings), "tokenizer": settings.tokenizer}
+    found = {**manifest.source, "tokenizer": manifest.tokenizer["name"]}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"data.dir: {settings.dir} was prepared with {key}={found.get(key)!r}, not {value!r}; "
+                f"choose another --data.dir or delete that folder"
+            )
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The two token streams of a folder, and a hash that tells other data apart."""
+
+    train: TokenStream
+    val: TokenStream
+    fingerprint: str
+
+
+def is_prepared(folder: Path) -> bool:
+    """Tell whether `folder` has a manifest or shards, whoever wrote them."""
+    return (folder / FILE).exists() or any(folder.glob("*.bin"))
+
+
+def open_tokens(settings: DataSettings) -> TokenData:
+    """Memory-map the shards in `data.dir`.
+
+    Raises `UserError` if it was prepared from other settings, a split is missing, or a file is not what it should be.
+    """
+    manifest = Manifest.read(settings.dir)
+    if manifest:
+        require_match(manifest, settings)
+        names = {"train": [s.file for s in manifest.train.shards], "val": [s.file for s in manifest.val.shards]}
+        identity: object = [asdict(shard) for shard in (*manifest.train.shards, *manifest.val.shards)]
+    else:
+        names = {split: sorted(path.name for path in settings.dir.glob(f"*{split}*.bin")) for split in ("train", "val")}
+        identity = [(name, (settings.dir / name).stat().st_size) for split in names.values() for name in split]
+    for split, files in names.items():
+        if not files:
+            raise UserError(f"data.dir: {settings.dir} has no {split} shards; prepare it, or point data.dir elsewhere")
+    headerless = settings.shard_format == "headerless"
+    streams = {
+        split: TokenStream([map_shard(settings.dir / file, headerless) for file in files])
+        for split, files in names.items()
+    }
+    return TokenData(**streams, fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest())

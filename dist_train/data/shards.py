@@ -1,0 +1,147 @@
+"""Token shards on disk: llm.c's `.bin` format and nanoGPT's headerless one. The only file that knows their bytes.
+
+llm.c: 256 little-endian int32 of header ([0] magic, [1] version, [2] token count, the rest 0), then the tokens;
+uint16 with magic 20240520 and version 1, or, for larger vocabularies, uint32 with magic 20240801 and version 7.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from dist_train.errors import UserError
+
+HEADER_BYTES = 256 * 4
+_MAGIC = {2: (20240520, 1), 4: (20240801, 7)}  # bytes per token -> magic number, version
+
+
+def token_dtype(n_vocab: int) -> np.dtype:
+    """Return the narrowest of the format's types that holds ids below `n_vocab`."""
+    return np.dtype("<u2") if n_vocab <= 2**16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished file: its name inside its folder, its tokens and the hash of all of its bytes."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class ShardWriter:
+    """Append tokens to `<split>_000000.bin`, `<split>_000001.bin`, … of `shard_tokens` each; a context manager."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._count = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._finish()
+        elif self._file:
+            self._file.close()
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Write `tokens` [n] of any unsigned type, going on in a new shard wherever one is full."""
+        while len(tokens):
+            if self._file is None:
+                self._file = (self.folder / f"{self.split}_{len(self.shards):06d}.bin").open("w+b")
+                self._file.write(bytes(HEADER_BYTES))
+            part, tokens = np.split(tokens, [self.shard_tokens - self._count])
+            self._file.write(part.astype(self.dtype).tobytes())
+            self._count += len(part)
+            if self._count == self.shard_tokens:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Complete the open shard: its count is known only now, and its hash covers the header."""
+        if self._file is None:
+            return
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = *_MAGIC[self.dtype.itemsize], self._count
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        path = Path(self._file.name)
+        self.shards.append(Shard(path.name, self._count, file_sha256(path)))
+        self._file, self._count = None, 0
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hash of a file's bytes in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def map_shard(path: Path, headerless: bool = False) -> np.ndarray:
+    """Memory-map one shard read-only and return its tokens [n], uint16 or uint32.
+
+    Raises `UserError` naming the file if its header and its size do not agree.
+    """
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"cannot read the shard {path}: {error.strerror}; prepare the data again") from None
+    if headerless:
+        start, count, dtype = 0, size // 2, np.dtype("<u2")
+    else:
+        widths = {magic: width for width, magic in _MAGIC.items()}
+        width = widths.get(tuple(header[:2].tolist())) if len(header) == 256 else None
+        if width is None:
+            raise UserError(
+                f"{path} has no llm.c header; if it is nanoGPT's bare format, set data.shard_format: headerless"
+            )
+        start, count, dtype = HEADER_BYTES, int(header[2]), np.dtype(f"<u{width}")
+    if count == 0 or size != start + count * dtype.itemsize:
+        raise UserError(f"{path} holds {size} bytes where {start} + {count} × {dtype.itemsize} belong; fetch it again")
+    # A plain view: np.memmap's own slicing costs microseconds per window in Python.
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,)).view(np.ndarray)
+
+
+class TokenStream:
+    """Several shards as one sequence of tokens, none of them in memory."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self._shards = list(shards)
+        self._ends = np.cumsum([len(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return the `length` tokens from each of `starts` [B] as int64 [B, length]; a window may cross shards."""
+        out = np.empty((len(starts), length), dtype=np.int64)
+        first, last = (np.searchsorted(self._ends, at, side="right") for at in (starts, starts + length - 1))
+        for index in np.unique(first):
+            rows = np.flatnonzero((first == index) & (last == index))
+            if len(rows):
+                # Rows of a sliding view are copied whole, which is several times faster than gathering by token.
+                view = np.lib.stride_tricks.sliding_window_view(self._shards[index], length)
+                out[rows] = view[starts[rows] - self._start(index)]
+        for row in np.flatnonzero(first != last):
+            parts = [
+                self._shards[index][max(0, starts[row] - self._start(index)) :][:length]
+                for index in range(first[row], last[row] + 1)
+            ]
+            out[row] = np.concatenate(parts)[:length]
+        return out
+
+    def _start(self, index: int) -> int:
+        return int(self._ends[index]) - len(self._shards[index])

@@ -1,0 +1,102 @@
+"""Text to token ids and back: every tokenizer is a `tiktoken.Encoding` that knows `<|endoftext|>`."""
+
+import base64
+import binascii
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from dist_train.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How GPT-2 cuts text into pieces before merging bytes (Radford et al. 2019, in r50k_base's faster equivalent).
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def load_tokenizer(name: str) -> tiktoken.Encoding:
+    """Return the encoding called `name`: a tiktoken name, `bytes`, or the path of a `.tiktoken` file.
+
+    Raises `UserError` if there is none of that name, its vocabulary cannot be fetched, or it has no end-of-text.
+    """
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        # The pattern cuts at most 64 characters at a time, so that merging, which finds nothing, stays linear.
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}
+        )
+    if name.endswith(".tiktoken"):
+        return _from_file(Path(name))
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        raise UserError(f"data.tokenizer: there is no {name!r}; use one of {known}, or the path of a .tiktoken file")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors; a cached file of the wrong hash a ValueError
+        reason = type(error).__name__
+        raise UserError(
+            f"data.tokenizer: tiktoken cannot fetch {name!r} ({reason}); connect to the internet once, set "
+            f"TIKTOKEN_CACHE_DIR to a folder that has its vocabulary, or use --data.tokenizer=bytes"
+        ) from None
+    if END_OF_TEXT not in encoding.special_tokens_set:
+        raise UserError(
+            f"data.tokenizer: {name!r} has no {END_OF_TEXT}, which stands before each document; use another"
+        )
+    return encoding
+
+
+def _from_file(path: Path) -> tiktoken.Encoding:
+    """Read a `.tiktoken` file, a line of base64 bytes and a rank for each token, with GPT-2's splitting pattern.
+
+    Not through tiktoken's own reader: that caches a local file by its path, and would go on with an old content.
+    """
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except OSError as error:
+        raise UserError(f"data.tokenizer: cannot read {path}: {error.strerror}") from None
+    except (ValueError, binascii.Error):
+        raise UserError(f"data.tokenizer: {path} is no .tiktoken file; its lines are `base64-bytes rank`") from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing or sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"data.tokenizer: {path} is incomplete; it needs all 256 bytes and ranks 0 … n-1")
+    return tiktoken.Encoding(
+        path.stem, pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Return `<|endoftext|>` and the tokens of `text`, uint32 [n]; a special token spelled there is plain text."""
+    tokens = encoding.encode_to_numpy(text, disallowed_special=())
+    return np.concatenate([np.array([end_of_text(encoding)], dtype=np.uint32), tokens])
+
+
+def end_of_text(encoding: tiktoken.Encoding) -> int:
+    """Return the id of `<|endoftext|>`."""
+    return encoding.encode_single_token(END_OF_TEXT)
+
+
+def fingerprint(encoding: tiktoken.Encoding) -> str:
+    """Return a hash of how `encoding` cuts one fixed text, so that two tokenizers of one name are told apart."""
+    probe = " ".join(chr(code) for code in range(32, 0x2FF)) + " 1234567 It isn't the    same\n\n\tthing—是 🙂"
+    tokens = encode_document(encoding, probe)
+    return hashlib.sha256(f"{encoding.n_vocab} {tokens.tolist()}".encode()).hexdigest()[:16]
+
+
+def decode(encoding: tiktoken.Encoding, tokens: Sequence[int]) -> str:
+    """Return the text of `tokens`; ids that the vocabulary leaves free are skipped, broken UTF-8 shows as �.
+
+    Some vocabularies have such gaps (cl100k_base has 16), and an untrained network may sample them.
+    """
+    pieces = []
+    for token in tokens:
+        with contextlib.suppress(KeyError):
+            pieces.append(encoding.decode_single_token_bytes(token))
+    return b"".join(pieces).decode("utf-8", errors="replace")

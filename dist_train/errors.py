@@ -1,0 +1,48 @@
+"""What can go wrong for a user, with the exit status it ends in. Imports nothing, so every room may raise them."""
+
+from typing import Any
+
+
+class DistTrainError(Exception):
+    """End the command with one line, `error: what (where); what to do`, and `exit_status`, without a traceback."""
+
+    exit_status = 1
+
+
+class UserError(DistTrainError):
+    """The user's settings, data or checkpoint are wrong."""
+
+    exit_status = 2
+
+
+class LossError(DistTrainError):
+    """The loss or a gradient is not a number that training can go on from."""
+
+    exit_status = 3
+
+
+class StorageError(DistTrainError):
+    """The disk or the file system does not take what must be written."""
+
+    exit_status = 4
+
+
+class ProcessLostError(DistTrainError):
+    """Another process of the run is gone, or did not arrive in time."""
+
+    exit_status = 5
+
+
+def require_same_device(**tensors: Any) -> None:
+    """Raise `UserError` naming two tensors that lie on different devices, before torch does in words that name neither.
+
+    Only `.device` is looked at, so that the check is free and works under `torch.compile`.
+    """
+    named = list(tensors.items())
+    first_name, first = named[0]
+    for name, tensor in named[1:]:
+        if tensor.device != first.device:
+            raise UserError(
+                f"{first_name} is on {first.device} but {name} is on {tensor.device}; "
+                f"move both to one device, for example {name}.to({str(first.device)!r})"
+            )

@@ -1,0 +1,176 @@
+"""The network: GPT-2's layout with pre-norm blocks, on one page, small parts first.
+
+Axes: B batch, T positions, S the last positions that the loss sees (S <= T), D width, H heads, E width per head,
+V vocabulary. The last block and the head work for those S positions alone: that makes final-token training cheap.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dist_train.config import ModelSettings
+from dist_train.errors import UserError, require_same_device
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which the last S positions ask and all T positions answer."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.n_head, self.dropout = settings.n_head, settings.dropout
+        self.query_key_value = nn.Linear(settings.n_embd, 3 * settings.n_embd, bias=settings.bias)
+        self.project = nn.Linear(settings.n_embd, settings.n_embd, bias=settings.bias)
+
+    def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
+        """Return [B, S, D] for the last S = `last_k` positions of `x_BTD`."""
+        T = x_BTD.size(1)
+        query_BHSE, key_BHTE, value_BHTE = self._heads(x_BTD, last_k)
+        # `is_causal` aligns the mask top-left, which is wrong for the last S of T. One position needs no mask at all.
+        mask_ST = None
+        if 1 < last_k < T:
+            mask_ST = torch.ones(last_k, T, dtype=torch.bool, device=x_BTD.device).tril(T - last_k)
+        attended_BHSE = F.scaled_dot_product_attention(
+            query_BHSE,
+            key_BHTE,
+            value_BHTE,
+            attn_mask=mask_ST,
+            # The functional form does not know eval(): dropout has to follow the module's state here.
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=last_k == T,
+        )
+        return self.project(attended_BHSE.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BTD: Tensor, last_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to queries of the last S positions, keys and values of all, each [B, H, S or T, E]."""
+        T, D = x_BTD.shape[1:]
+        if last_k == T:
+            query, key, value = self.query_key_value(x_BTD).split(D, dim=-1)
+        else:
+            weights, biases = self.query_key_value.weight, self.query_key_value.bias
+            query = F.linear(x_BTD[:, T - last_k :], weights[:D], None if biases is None else biases[:D])
+            key, value = F.linear(x_BTD, weights[D:], None if biases is None else biases[D:]).split(D, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (query, key, value))
+        return query, key, value
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.expand = nn.Linear(settings.n_embd, 4 * settings.n_embd, bias=settings.bias)
+        self.activation = nn.GELU(approximate="tanh" if settings.activation == "gelu_tanh" else "none")
+        self.project = nn.Linear(4 * settings.n_embd, settings.n_embd, bias=settings.bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.project(self.activation(self.expand(x_BSD)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream after its own LayerNorm before and dropout behind."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
+        self.attention = Attention(settings)
+        self.mlp_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
+        self.mlp = MLP(settings)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
+        """Return the residual stream [B, S, D] of the last S = `last_k` positions."""
+        x_BSD = x_BTD[:, x_BTD.size(1) - last_k :]
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BTD), last_k))
+        return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
+
+
+class GPT(nn.Module):
+    """Embeddings, blocks, final LayerNorm, and a head that is the token embedding itself."""
+
+    def __init__(self, settings: ModelSettings, n_vocab: int) -> None:
+        super().__init__()
+        self.settings, self.n_vocab = settings, n_vocab
+        rows = math.ceil(n_vocab / settings.vocab_multiple) * settings.vocab_multiple
+        self.token_embedding = nn.Embedding(rows, settings.n_embd)
+        self.position_embedding = nn.Embedding(settings.block_size, settings.n_embd)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.n_layer)])
+        self.final_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
+        scale = settings.logit_scale
+        self.logit_scale = settings.n_embd**-0.5 if scale == "rsqrt_n_embd" else float(scale)
+
+    def forward(self, tokens_BT: Tensor, last_k: int) -> Tensor:
+        """Return the logits [B, S, V] of the last S = `last_k` of the T positions of `tokens_BT` (int64).
+
+        Raises `UserError` if the tokens are on another device than the weights, or longer than the context.
+        """
+        return self.logits(self.hidden(tokens_BT, last_k))
+
+    def hidden(self, tokens_BT: Tensor, last_k: int) -> Tensor:
+        """Return the normed residual stream [B, S, D] of the last S = `last_k` positions: the head's input."""
+        T = tokens_BT.size(1)
+        require_same_device(model=self.token_embedding.weight, batch=tokens_BT)
+        if not 1 <= last_k <= T <= self.settings.block_size:
+            raise UserError(f"last_k={last_k} of {T} tokens with block_size={self.settings.block_size} does not fit")
+        positions_T = torch.arange(T, device=tokens_BT.device)
+        x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
+        for block in self.blocks[:-1]:
+            x_BTD = block(x_BTD, T)
+        return self.final_norm(self.blocks[-1](x_BTD, last_k))
+
+    def logits(self, hidden_BSD: Tensor) -> Tensor:
+        """Return logits [..., V] for `hidden_BSD` [..., D]; rows that pad the vocabulary are left out of them."""
+        # Scaling D numbers per position instead of V is the same product and costs nothing.
+        return F.linear(hidden_BSD * self.logit_scale, self.token_embedding.weight)[..., : self.n_vocab]
+
+    def n_parameters(self) -> int:
+        """Return how many numbers are learned; the tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def build(settings: ModelSettings, n_vocab: int, seed: int, device: torch.device) -> GPT:
+    """Return an initialised fp32 network on `device`; the same weights for the same seed on every device."""
+    with torch.device("meta"):
+        network = GPT(settings, n_vocab)
+    network.to_empty(device="cpu")
+    initialize(network, torch.Generator().manual_seed(seed))
+    return network.to(device)
+
+
+@torch.no_grad()
+def initialize(network: GPT, generator: torch.Generator) -> None:
+    """Draw every weight anew, as `model.initialization` says."""
+    settings = network.settings
+    for name, module in network.named_modules():
+        match module:
+            case nn.Linear():
+                is_residual = settings.initialization == "gpt2" and name.endswith("project")
+                std = 0.02 / math.sqrt(2 * settings.n_layer) if is_residual else 0.02
+                nn.init.normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            case nn.Embedding() if settings.initialization == "model5":
+                nn.init.xavier_normal_(module.weight, generator=generator)
+            case nn.Embedding():
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+            case nn.LayerNorm():
+                module.reset_parameters()
+
+
+def step_flops(settings: ModelSettings, n_vocab: int, sequences: int, last_k: int) -> int:
+    """Return the FLOPs of the matrix products in forward and backward of `sequences` × block_size tokens.
+
+    A product of m×n by n×p is 2mnp; backward costs twice the forward; the causal half of attention counts, not the
+    masked one. Only what is really computed counts: keys and values everywhere, all else of the last block and the
+    head for `last_k` positions.
+    """
+    T, D, S = settings.block_size, settings.n_embd, last_k
+
+    def block(asking: int) -> int:
+        pairs = asking * T - asking * (asking - 1) // 2  # how many (query, key) pairs the causal mask leaves
+        return 2 * (2 * D * D * T + (D * D + D * D + 8 * D * D) * asking) + 4 * D * pairs
+
+    forward = (settings.n_layer - 1) * block(T) + block(S) + 2 * D * n_vocab * S
+    return 3 * sequences * forward

@@ -1,0 +1,116 @@
+"""From a plain module to a compiled, mixed-precision, data-parallel one. The only file that names these techniques."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train.config import RuntimeSettings, TrainSettings
+from dist_train.errors import UserError
+from dist_train.runtime.process import Process
+
+
+def choose_precision(settings: RuntimeSettings, device: torch.device) -> torch.dtype:
+    """Return the type that matrix products run in; `auto` asks the hardware."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if settings.precision != "auto":
+        return named[settings.precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        # Not torch.amp.is_autocast_available: a CPU without the instructions emulates bf16, several times slower.
+        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    return torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # Private names, which other versions of torch may lack: then bf16 is simply not chosen by itself.
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check)
+
+
+class Replica:
+    """This process's copy of a network, kept equal to the others' copies by averaging gradients."""
+
+    def __init__(self, network: nn.Module, process: Process, settings: RuntimeSettings) -> None:
+        self.network = network
+        """The plain module, for evaluation, saving and sampling; the same weights."""
+        self.device_type = process.device.type
+        self.precision = choose_precision(settings, process.device)
+        self.world_size = process.world_size
+        # float16 loses small gradients, so they are scaled up for the backward pass; otherwise this does nothing.
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.precision == torch.float16)
+        module = torch.compile(network, dynamic=False) if settings.compile else network
+        # DDP around the compiled module: it then overlaps its reduction with the backward pass.
+        self._module = (
+            DistributedDataParallel(
+                module,
+                device_ids=[process.device.index] if process.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            if process.world_size > 1
+            else module
+        )
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a forward pass runs in the chosen precision."""
+        return torch.autocast(self.device_type, self.precision, enabled=self.precision != torch.float32)
+
+    def forward(self, tokens_BT: Tensor, last_k: int) -> Tensor:
+        """Return the logits of the last `last_k` positions."""
+        with self.autocast():
+            return self._module(tokens_BT, last_k)
+
+    @contextmanager
+    def accumulating(self, is_last: bool) -> Iterator[None]:
+        """Reduce gradients over the processes in the last micro-batch of an update only."""
+        module = self._module
+        with module.no_sync() if isinstance(module, DistributedDataParallel) and not is_last else nullcontext():
+            yield
+
+    def backward(self, loss_sum: Tensor, count: int) -> None:
+        """Add to the gradients of the mean loss, given this process's part of the sum and the count over all processes.
+
+        DDP averages over processes, so multiplying by their number makes it the sum that the mean is made of.
+        """
+        self.scaler.scale(loss_sum * (self.world_size / count)).backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, grad_clip: float | None) -> Tensor:
+        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping as a scalar."""
+        self.scaler.unscale_(optimizer)
+        parameters = list(self.network.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def micro_batch_size(settings: TrainSettings, world_size: int) -> int:
+    """Return how many sequences one process takes at once.
+
+    Raises `UserError` naming the nearest sizes where the batch cannot be divided.
+    """
+    total, at_most = settings.global_batch_size, settings.micro_batch_size
+    share = total // world_size
+    if total % world_size:
+        nearest = [size for size in (share * world_size, (share + 1) * world_size) if size]
+        raise UserError(
+            f"train.global_batch_size={total} cannot be divided among {world_size} processes; "
+            f"use {' or '.join(map(str, nearest))}"
+        )
+    size = min(at_most or share, share)
+    if share % size:
+        divisors = [divisor for divisor in range(1, share + 1) if share % divisor == 0]
+        below = max(divisor for divisor in divisors if divisor < size)
+        above = min(divisor for divisor in divisors if divisor > size)
+        raise UserError(
+            f"train.micro_batch_size={at_most} does not divide a process's {share} sequences; use {below} or {above}"
+        )
+    return size

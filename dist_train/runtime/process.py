@@ -1,0 +1,164 @@
+"""Which process this is, on which device, and the few things that all processes do together.
+
+One process is the same program: without torchrun the world has size 1 and every collective is the identity.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_train.config import RuntimeSettings
+from dist_train.errors import ProcessLostError, UserError
+
+T = TypeVar("T")
+
+# Longer than any evaluation or save. A process that dies meanwhile is noticed all the same: its connection closes.
+_PATIENCE = timedelta(days=7)
+
+# Peak dense bf16 (fp16 where there is no bf16) matrix FLOP/s without sparsity, from NVIDIA's datasheets.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of `world_size` processes that train together, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    patient_group: Any = None
+    """CPU group without a practical timeout, for waits whose length nobody can know."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes the record."""
+        return self.rank == 0
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `numbers` over all processes, on every one of them."""
+        if self.world_size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def patient_sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Like `sum` for CPU tensors, but waits for the slowest process as long as it takes."""
+        if self.world_size > 1:
+            dist.all_reduce(numbers, group=self.patient_group)
+        return numbers
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do `work` on the first process while the others wait as long as it takes; they get None."""
+        result = work() if self.is_main else None
+        self.patient_sum(torch.zeros(1))
+        return result
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Raise `UserError` on all processes if any differs from the first in one of `facts`, naming rank and fact."""
+        if self.world_size == 1:
+            return
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, facts, group=self.patient_group)
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs[name] != value:
+                    raise UserError(
+                        f"rank {rank} has other {name} than rank 0 ({theirs[name][:16]}, not {value[:16]}); "
+                        f"start all processes with the same command on the same files"
+                    )
+
+    def seed_dropout(self, seed: int) -> None:
+        """Start the device's default generator anew: dropout draws from it, and has no other way in."""
+        torch.manual_seed(seed)
+
+
+@contextmanager
+def start_process(settings: RuntimeSettings) -> Iterator[Process]:
+    """Join the processes that torchrun started, or be the only one; leave them at the end.
+
+    Raises `UserError` if the device is not there, `ProcessLostError` if the others are not.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = _device(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if settings.deterministic:
+        # cuBLAS asks for this before its first call; see torch.use_deterministic_algorithms.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = settings.precision != "fp32"
+    if world_size == 1:
+        yield Process(rank, world_size, device)
+        return
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=settings.timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+        patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except dist.DistError as error:
+        raise ProcessLostError(f"rank {rank} cannot reach the others: {error}; see that all were started") from error
+    try:
+        yield Process(rank, world_size, device, patient_group)
+        # All leave together: a process that closes its connections early looks lost to the others.
+        dist.barrier(group=patient_group)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, there in available.items() if there) if wanted == "auto" else wanted
+    if not available[kind]:
+        raise UserError(f"runtime.device: there is no {kind} here; use --runtime.device=auto")
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"runtime.device: process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            f"start as many processes with --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+    """Return the device's peak FLOP/s in 16-bit matrix products, or None where it is not known or not what runs."""
+    if device.type != "cuda" or precision == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAK_FLOPS.items() if all(word in name for word in part.split())), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory this process has held: on the GPU where there is one, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given, so that a clock read next means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,122 @@
+"""The folder of a run on disk: where its parts lie, and what says which run it is and how it ended."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dist_train
+from dist_train.config import Settings
+from dist_train.errors import StorageError
+from dist_train.runtime.process import Process
+
+
+class RunFolder:
+    """Paths of a run folder, and the two files that say what runs there."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.environment = root / "environment.json"
+        self.status = root / "run_status.json"
+        self.metrics = root / "metrics.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.checkpoints = root / "checkpoints"
+        self.samples = root / "samples"
+        self.plots = root / "plots"
+
+    def has_run(self) -> bool:
+        """Tell whether a run has written here before."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def create(self, settings: Settings, process: Process) -> None:
+        """Make the folders and write what this run is: settings as resolved, versions, devices, command line."""
+        try:
+            for folder in (self.tensorboard, self.checkpoints, self.samples, self.plots):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, f"# As resolved for this run.\n{settings.to_yaml()}")
+            write_atomically(self.environment, json.dumps(_environment(process), indent=2) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"run.out_dir: cannot write {self.root} ({error.strerror}); choose another --run.out_dir"
+            ) from error
+
+    def write_status(self, status: str, last_step: int, exit_status: int | None = None) -> None:
+        """Write `run_status.json`: running, done, failed or preempted, the exit status and the last finished update."""
+        values = {"status": status, "exit_status": exit_status, "last_step": last_step, "time": _now()}
+        write_atomically(self.status, json.dumps(values) + "\n")
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop lines of `metrics.jsonl` behind `step`: a resumed run makes those steps again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # a kill tore the last line
+        write_atomically(self.metrics, "".join(kept))
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader or a crash sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def code_hash() -> str:
+    """Return a hash of the package's source: two processes with one hash run the same code, committed or not."""
+    digest = hashlib.sha256()
+    package = Path(dist_train.__path__[0])
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _environment(process: Process) -> dict[str, Any]:
+    packages = ("torch", "numpy", "pydantic", "tiktoken", "safetensors", "tensorboard")
+    is_cuda = process.device.type == "cuda"
+    return {
+        "started": _now(),
+        "command": sys.argv,
+        "commit": _commit(),
+        "code_sha256": code_hash(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "world_size": process.world_size,
+        "device": torch.cuda.get_device_name(process.device) if is_cuda else process.device.type,
+        "cuda": torch.version.cuda,
+        "cpu_count": os.cpu_count(),
+        "cpu_threads_per_process": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, marked where files differ from it, or None outside of a checkout."""
+    try:
+        command = ["git", "-C", dist_train.__path__[0], "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,125 @@
+"""The record of a run: JSON lines, TensorBoard, console, status. The first process writes it; elsewhere it is null."""
+
+import json
+import logging
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from dist_train.errors import DistTrainError
+from dist_train.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+# TensorBoard's name of each number in a train line.
+_TRAIN_SCALARS = {
+    "train/loss": "loss",
+    "train/lr": "lr",
+    "train/grad_norm": "grad_norm",
+    "perf/tokens_per_second": "tokens_per_second",
+    "perf/supervised_tokens_per_second": "supervised_tokens_per_second",
+    "perf/mfu": "mfu",
+}
+
+
+class NullRecord:
+    """What the other processes write: nothing."""
+
+    def __enter__(self) -> "NullRecord":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+
+    def train(self, lines: list[dict[str, Any]]) -> None:
+        """Write the lines of some finished updates, as the README's run folder describes them."""
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Write held-out losses after `step` updates."""
+
+    def sample(self, step: int, text: str) -> None:
+        """Write generated text."""
+
+
+class Record(NullRecord):
+    """Writes everything there is to see into the run folder, and the most of it to the console."""
+
+    def __init__(self, folder: RunFolder, start_step: int, max_iters: int) -> None:
+        self._folder, self._step, self._max_iters = folder, start_step, max_iters
+        folder.keep_metrics_until(start_step if start_step else -1)
+        self._metrics = folder.metrics.open("a", encoding="utf-8")
+        # Steps behind a resumed one would otherwise show twice.
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1 if start_step else None)
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=max_iters, completed=start_step, numbers="")
+
+    def __enter__(self) -> "Record":
+        self._folder.write_status("running", self._step)
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+        self._metrics.close()
+        self._tensorboard.close()
+        if error is None:
+            self._folder.write_status("done", self._step, 0)
+        else:
+            self._folder.write_status(
+                "failed", self._step, error.exit_status if isinstance(error, DistTrainError) else 1
+            )
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def train(self, lines: list[dict[str, Any]]) -> None:
+        if not lines:
+            return
+        for line in lines:
+            self._write({"kind": "train", **line})
+            self._scalars(line["step"], {name: line[key] for name, key in _TRAIN_SCALARS.items()})
+        self._scalars(line["step"], {"perf/peak_memory_gib": line["peak_memory_bytes"] / 2**30})
+        self._metrics.flush()
+        self._step = line["step"]
+        mean = sum(each["loss"] for each in lines) / len(lines)
+        numbers = f"loss {mean:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=self._step, numbers=numbers)
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        self._write({"kind": "eval", "step": step, "split": "val", **result})
+        self._metrics.flush()
+        losses = ("loss", "final_token_loss", "all_token_loss")
+        self._scalars(step, {f"val/{name}": result[name] for name in losses})
+        self.say(
+            f"step {step:>6}/{self._max_iters}  held-out loss: final token {result['final_token_loss']:.4f}, "
+            f"all tokens {result['all_token_loss']:.4f}  ({result['seconds']:.1f} s)"
+        )
+
+    def sample(self, step: int, text: str) -> None:
+        (self._folder.samples / f"step-{step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+        self._tensorboard.add_text("sample", f"```\n{text}\n```", step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(line) + "\n")
+
+    def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
+        for name, value in scalars.items():
+            if value is not None:
+                self._tensorboard.add_scalar(name, value, step)
