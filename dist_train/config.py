@@ -60,8 +60,8 @@ class DataSettings(Section):
     """Read only this many documents, the first ones of the source."""
     dir: Path
     """Folder of the token shards and their `manifest.json`; prepared if missing. Folders of shards that llm.c,
-    modded-nanogpt or nanoGPT wrote (`*train*.bin`, `*val*.bin`) load as they are. By default `data/` and the source's
-    and tokenizer's names."""
+    modded-nanogpt or nanoGPT wrote (`*train*.bin`, `*val*.bin`) load as they are. By default `data/` and the names
+    of source and tokenizer."""
     shard_format: Literal["llm.c", "headerless"] = "llm.c"
     """`headerless` reads nanoGPT's bare uint16 `.bin` files; everything else has llm.c's header."""
     shard_tokens: PositiveInt = 100_000_000

@@ -102,10 +102,12 @@ def _fill_in_folders(values: dict, config_name: str) -> None:
     if isinstance(run, dict):
         run.setdefault("out_dir", f"runs/{config_name}")
     if isinstance(data, dict):
-        default = DataSettings.model_fields
-        source = data.get("source", default["source"].default)
-        tokenizer = str(data.get("tokenizer", default["tokenizer"].default))
-        data.setdefault("dir", f"data/{source}-{Path(tokenizer).stem}")
+        # What decides the tokens is in the name, so that configs do not meet in one folder by accident.
+        source = data.get("source", DataSettings.model_fields["source"].default)
+        tokenizer = data.get("tokenizer", DataSettings.model_fields["tokenizer"].default)
+        parts = [source, Path(str(data["path"])).stem if data.get("path") else None, data.get("max_documents")]
+        name = "-".join(str(part) for part in [*parts, Path(str(tokenizer)).stem] if part)
+        data.setdefault("dir", "data/" + re.sub(r"[^\w.-]+", "_", name))
 
 
 def _describe(mistake: Any) -> str:

@@ -48,7 +48,6 @@ class Replica:
             DistributedDataParallel(
                 module,
                 device_ids=[process.device.index] if process.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
             if process.world_size > 1
