@@ -20,6 +20,7 @@ def learning_rate(step: int, settings: OptimSettings, max_iters: int) -> float:
 
 def build_optimizer(network: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov and Hutter 2019) over all of the network's parameters, fused into one pass over them."""
+    assert settings.name == "adamw"
     parameters = list(network.parameters())
     decays = [settings.decay == "all" or parameter.dim() > 1 for parameter in parameters]
     groups = [

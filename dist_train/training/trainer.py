@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tiktoken
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.config import Settings
 from dist_train.data.batches import Batches
@@ -40,27 +40,34 @@ def train(settings: Settings) -> RunFolder:
     return run.folder
 
 
-@dataclass
-class _Run:
-    """The parts that the loop puts to work."""
+@dataclass(kw_only=True)
+class Learner:
+    """The parts that an update of the weights takes: of a run, and of a benchmark that times updates alone."""
 
     settings: Settings
     process: Process
-    encoding: tiktoken.Encoding
-    data: TokenData
     windows: Windows
     batches: Batches
     replica: Replica
     optimizer: torch.optim.Optimizer
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that this process takes at once."""
+        return micro_batch_size(self.settings.train, self.process.world_size)
+
+
+@dataclass(kw_only=True)
+class _Run(Learner):
+    """The parts that the loop puts to work."""
+
+    encoding: tiktoken.Encoding
+    data: TokenData
     evaluator: Evaluator
     meter: Meter
     folder: RunFolder
     record: NullRecord
     start_step: int
-
-    @property
-    def micro_batch(self) -> int:
-        return micro_batch_size(self.settings.train, self.process.world_size)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -72,10 +79,7 @@ def _loop(run: _Run) -> None:
     if run.start_step == 0:
         _evaluate(run, step=0)
     for step in range(run.start_step, max_iters):
-        rate = learning_rate(step, settings.optim, max_iters)
-        set_learning_rate(run.optimizer, rate)
-        loss_sum, count = _accumulate_gradients(run, step)
-        grad_norm = run.replica.update(run.optimizer, settings.optim.grad_clip)
+        loss_sum, count, grad_norm, rate = update(run, step)
         finished = step + 1
         run.meter.add(finished, loss_sum, count, grad_norm, rate)
 
@@ -88,7 +92,19 @@ def _loop(run: _Run) -> None:
             _save(run, finished)
 
 
-def _accumulate_gradients(run: _Run, step: int) -> tuple[Tensor, int]:
+def update(run: Learner, step: int) -> tuple[Tensor, int, Tensor, float]:
+    """Update the weights; return this process's loss sum and count, the gradient's norm, and the learning rate.
+
+    Waits for nothing on the device: sum and norm are scalars there.
+    """
+    settings = run.settings
+    rate = learning_rate(step, settings.optim, settings.train.max_iters)
+    set_learning_rate(run.optimizer, rate)
+    loss_sum, count = _accumulate_gradients(run, step)
+    return loss_sum, count, run.replica.update(run.optimizer, settings.optim.grad_clip), rate
+
+
+def _accumulate_gradients(run: Learner, step: int) -> tuple[Tensor, int]:
     """Add up the gradients of one update's micro-batches; return this process's loss sum and its count of tokens."""
     last_k, train = run.settings.last_k, run.settings.train
     inputs_BT, targets_BT = run.batches.at(step)
@@ -139,12 +155,12 @@ def _save(run: _Run, step: int) -> None:
 
 def _sample(run: _Run, step: int) -> str:
     """Return the prompt and what the network makes of it."""
-    wanted = run.settings.sample
+    sample = run.settings.sample
     assert isinstance(run.replica.network, GPT)
-    prompt = run.encoding.encode_ordinary(wanted.prompt) or [end_of_text(run.encoding)]
+    prompt = run.encoding.encode_ordinary(sample.prompt) or [end_of_text(run.encoding)]
     generator = torch.Generator().manual_seed(run.settings.run.derive_seed("sample", step))
     with run.replica.autocast():
-        tokens = generate(run.replica.network, prompt, wanted.max_new_tokens, wanted.temperature, generator)
+        tokens = generate(run.replica.network, prompt, sample.max_new_tokens, sample.temperature, generator)
     return decode(run.encoding, tokens)
 
 
@@ -157,18 +173,17 @@ def _assemble(settings: Settings, process: Process) -> _Run:
     folder = RunFolder(settings.run.out_dir)
     if settings.checkpoint.resume == "never" and folder.has_run():
         raise UserError(f"run.out_dir: {folder.root} has a run and checkpoint.resume is never; choose another folder")
-    process.on_main(lambda: _require_data(settings))
+    process.on_main(lambda: require_data(settings))
     encoding, data = load_tokenizer(settings.data.tokenizer), open_tokens(settings.data)
-    windows = _windows(settings, data)
     network = build(settings.model, encoding.n_vocab, settings.run.derive_seed("weights"), process.device)
-    replica = Replica(network, process, settings.runtime)
-    optimizer = build_optimizer(network, settings.optim)
+    learner = build_learner(settings, process, data, encoding.n_vocab, network)
+    replica = learner.replica
     meter = Meter(settings, encoding.n_vocab, process, replica)
 
     saved = checkpoint.find_newest(folder.checkpoints)
     start_step = 0
     if saved:
-        progress = checkpoint.load(saved, settings, data.fingerprint, replica, optimizer)
+        progress = checkpoint.load(saved, settings, data.fingerprint, replica, learner.optimizer)
         start_step, meter.tokens, meter.supervised_tokens = progress.step, progress.tokens, progress.supervised_tokens
     facts = {"settings": settings.to_yaml(), "code": code_hash(), "data": data.fingerprint, "step": str(start_step)}
     process.agree({name: hashlib.sha256(fact.encode()).hexdigest() for name, fact in facts.items()})
@@ -176,22 +191,9 @@ def _assemble(settings: Settings, process: Process) -> _Run:
     record = Record(folder, start_step, settings.train.max_iters) if process.is_main else NullRecord()
     record.say(_describe(settings, network, data, process, replica, saved is not None, start_step))
     return _Run(
-        settings=settings,
-        process=process,
+        **vars(learner),
         encoding=encoding,
         data=data,
-        windows=windows,
-        batches=Batches(
-            data.train,
-            windows,
-            encoding.n_vocab,
-            settings.train.global_batch_size,
-            process.rank,
-            process.world_size,
-            process.device,
-        ),
-        replica=replica,
-        optimizer=optimizer,
         evaluator=Evaluator(settings, data.val, encoding.n_vocab, process),
         meter=meter,
         folder=folder,
@@ -200,7 +202,21 @@ def _assemble(settings: Settings, process: Process) -> _Run:
     )
 
 
-def _require_data(settings: Settings) -> None:
+def build_learner(settings: Settings, process: Process, data: TokenData, n_vocab: int, network: nn.Module) -> Learner:
+    """Return what updates `network`, which takes tokens [B, T] and last_k and returns logits [B, last_k, V]."""
+    windows, batch_size = _windows(settings, data), settings.train.global_batch_size
+    return Learner(
+        settings=settings,
+        process=process,
+        windows=windows,
+        batches=Batches(data.train, windows, n_vocab, batch_size, process.rank, process.world_size, process.device),
+        replica=Replica(network, process, settings.runtime),
+        optimizer=build_optimizer(network, settings.optim),
+    )
+
+
+def require_data(settings: Settings) -> None:
+    """Prepare the data where it is not there yet."""
     if not is_prepared(settings.data.dir):
         prepare(settings.data)
 

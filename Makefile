@@ -1,0 +1,66 @@
+# Everything here is one command of the package or of a tool; `make help` lists the targets.
+#   make train CONFIG=configs/model5.yaml NPROC=8 ARGS="--train.max_iters=100"
+
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# One process per GPU, or one where there is none. Asked for only by the targets that train.
+NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+# One process needs no launcher, and its errors then stay one line.
+TRAIN   = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)) -m dist_train train
+
+.DEFAULT_GOAL := help
+.PHONY: help install prepare train test test-slow tensorboard compare bench lint format type check readme clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+install: $(VENV)/installed  ## create .venv and install the pinned dependencies
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+prepare: install  ## text to token shards (CONFIG=…)
+	$(BIN)/python -m dist_train prepare $(CONFIG) $(ARGS)
+
+train: install  ## train, on all GPUs or one CPU (CONFIG=… NPROC=… ARGS=…)
+	$(TRAIN) $(CONFIG) $(ARGS)
+
+test: install  ## the test suite
+	$(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+
+test-slow: install  ## the tests that take minutes: Model 5 at its full size
+	$(BIN)/pytest -m slow $(ARGS)
+
+tensorboard: install  ## open the runs in TensorBoard, on this machine only
+	$(BIN)/tensorboard --logdir runs --host localhost
+
+compare: install  ## final-token against all-token training, three seeds each, and the report
+	$(BIN)/python -m dist_train compare configs/study_small.yaml
+
+bench: install  ## speed and memory of a step, beside the plain way to do it
+	$(BIN)/python -m dist_train bench configs/bench.yaml $(ARGS)
+
+lint: install  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## ruff: mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: install  ## mypy
+	$(BIN)/mypy
+
+check: lint type test  ## all static checks and the tests
+
+readme: install  ## write the README's table of settings anew
+	$(BIN)/python tests/readme_settings.py
+
+clean:  ## remove the environment and caches; runs and prepared data stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,61 @@
+"""Text flows down, one room after the other, and never back up: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dist_train"
+BASE = {"config", "errors"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "config_file": BASE,
+    "data": BASE | {"data"},
+    "model": BASE | {"model"},
+    "runtime": BASE | {"runtime"},
+    "training": BASE | {"data", "model", "runtime", "training"},
+    "study": BASE | {"config_file", "data", "model", "runtime", "training", "study"},
+    "__main__": BASE | {"config_file", "data", "model", "runtime", "training", "study"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not any(node.level for node in froms), "imports are absolute"
+    return names | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_rooms_above_it(path: Path) -> None:
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    rooms = {name.split(".")[1] for name in imported(ast.parse(path.read_text())) if name.startswith("dist_train.")}
+    if room != "__init__":
+        assert rooms <= ALLOWED[room], f"{path} imports {rooms - ALLOWED[room]}"
+
+
+def test_package_files_are_empty_and_main_imports_rooms_inside_its_commands() -> None:
+    assert all(path.read_text() == "" for path in FILES if path.name == "__init__.py")
+    top = [node for node in ast.parse((PACKAGE / "__main__.py").read_text()).body if isinstance(node, ast.ImportFrom)]
+    modules = {str(node.module) for node in top if str(node.module).startswith("dist_train.")}
+    assert modules <= {"dist_train.config", "dist_train.config_file", "dist_train.errors"}
+
+
+def test_only_two_files_know_what_they_alone_should() -> None:
+    for path in FILES:
+        names = imported(ast.parse(path.read_text()))
+        assert path.name == "parallel.py" or not any("DistributedDataParallel" in name for name in names)
+        assert path.name in ("process.py", "parallel.py") or "torch.distributed" not in names
+
+
+def test_training_needs_nothing_that_only_prepare_does() -> None:
+    code = (
+        "import sys; import dist_train.training.trainer; "
+        "sys.exit(str([m for m in ('datasets', 'pyarrow', 'pandas', 'matplotlib') if m in sys.modules] or ''))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stderr.strip() == ""

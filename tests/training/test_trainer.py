@@ -1,0 +1,244 @@
+"""What a run promises: the same weights however it is cut, however many processes it has, whatever is looked at."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_train.config import Settings
+from dist_train.errors import LossError, UserError
+from dist_train.training import trainer
+from dist_train.training.trainer import train
+from tests.conftest import losses, metrics, run_command, run_torchrun
+
+Tiny = Callable[..., Settings]
+Arguments = Callable[..., list[str]]
+
+
+def weights(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_resumed_equals_uninterrupted_bit_for_bit(stop: int, tiny: Tiny, tmp_path: Path) -> None:
+    whole, cut = {"run.out_dir": tmp_path / "whole"}, {"run.out_dir": tmp_path / "cut"}
+    train(tiny(whole))
+    train(tiny({**cut, "train.max_iters": stop}))
+    train(tiny(cut))
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    totals = [[line["supervised_tokens"] for line in metrics(tmp_path / name, "train")] for name in ("whole", "cut")]
+    assert totals[0] == totals[1]
+
+
+def test_a_run_killed_between_checkpoints_goes_on_as_if_never_stopped(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny({"run.out_dir": tmp_path / "whole"}))
+    real, calls = trainer._accumulate_gradients, []
+
+    def killed(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "_accumulate_gradients", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny({"run.out_dir": tmp_path / "cut"}))
+    assert json.loads((tmp_path / "cut/run_status.json").read_text())["status"] == "failed"
+    with (tmp_path / "cut/metrics.jsonl").open("a") as torn:
+        torn.write('{"kind": "train", "step": 6, "lo')
+    monkeypatch.undo()
+    train(tiny({"run.out_dir": tmp_path / "cut"}))
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert [e["step"] for e in metrics(tmp_path / "cut", "eval")] == [0, 4, 8, 12]
+
+
+def test_evaluation_and_logging_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    dropout = {"model.dropout": 0.3, "run.out_dir": tmp_path / "often"}
+    train(tiny({**dropout, "eval.interval": 1, "log.interval": 1, "checkpoint.interval": 1}))
+    never = {"eval.interval": 99, "log.interval": 99, "checkpoint.interval": 99, "eval.batches": 5}
+    train(tiny({**dropout, **never, "run.out_dir": tmp_path / "never"}))
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
+    assert_same_weights(tmp_path / "often", tmp_path / "never")
+
+
+def test_dropout_follows_the_seed_and_does_something(tiny: Tiny, tmp_path: Path) -> None:
+    runs = [{"model.dropout": 0.3}, {"model.dropout": 0.3}, {"model.dropout": 0.0}]
+    for number, changes in enumerate(runs):
+        train(tiny({**changes, "train.max_iters": 3, "run.out_dir": tmp_path / str(number)}))
+    first, again, without = (losses(tmp_path / str(number)) for number in range(3))
+    assert first == again
+    assert first != without
+
+
+def test_all_of_the_last_k_is_all_token_training(tiny: Tiny, tmp_path: Path) -> None:
+    for k in ("16", "all"):
+        train(tiny({"loss.last_k": k, "run.out_dir": tmp_path / k}))
+    assert losses(tmp_path / "16") == losses(tmp_path / "all")
+    last = metrics(tmp_path / "all", "eval")[-1]
+    assert last["loss"] == last["all_token_loss"]
+    assert metrics(tmp_path / "all", "train")[-1]["supervised_tokens"] == 12 * 8 * 16
+
+
+def test_accumulating_equals_one_batch(tiny: Tiny, tmp_path: Path) -> None:
+    base = {"model.dropout": 0.0, "loss.last_k": 3}
+    train(tiny({**base, "run.out_dir": tmp_path / "one"}))
+    train(tiny({**base, "train.micro_batch_size": 2, "run.out_dir": tmp_path / "four"}))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "four"), abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks", ["rank0", "all"])
+def test_two_processes_train_and_evaluate_like_one(ranks: str, tiny_arguments: Arguments, tmp_path: Path) -> None:
+    base = {"model.dropout": 0.0, "loss.last_k": 2, "eval.ranks": ranks, "train.micro_batch_size": 2}
+    one = run_command("train", *tiny_arguments({**base, "run.out_dir": tmp_path / "one"}))
+    two = run_torchrun(2, "train", *tiny_arguments({**base, "run.out_dir": tmp_path / "two"}))
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    for line, same in zip(metrics(tmp_path / "one", "eval"), metrics(tmp_path / "two", "eval"), strict=True):
+        assert line["final_token_loss"] == pytest.approx(same["final_token_loss"], abs=1e-5)
+        assert line["all_token_loss"] == pytest.approx(same["all_token_loss"], abs=1e-5)
+    assert [line["tokens"] for line in metrics(tmp_path / "one", "train")] == [
+        line["tokens"] for line in metrics(tmp_path / "two", "train")
+    ]
+
+
+def test_a_run_folder_explains_itself(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny()
+    folder = train(settings)
+    names = {path.name for path in folder.root.iterdir()}
+    assert names == {
+        *("config.yaml", "environment.json", "run_status.json", "metrics.jsonl"),
+        *("tensorboard", "checkpoints", "samples", "plots"),
+    }
+    status = json.loads(folder.status.read_text())
+    assert (status["status"], status["exit_status"], status["last_step"]) == ("done", 0, 12)
+    assert json.loads(folder.environment.read_text())["packages"]["torch"] == torch.__version__
+    checkpoints = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert checkpoints == ["step-000008", "step-000012"]  # the newest two
+    files = {path.name for path in (folder.checkpoints / "step-000012").iterdir()}
+    assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert folder.samples.joinpath("step-000012.txt").read_text().startswith(settings.sample.prompt)
+
+    trained, evaluated = metrics(folder.root, "train"), metrics(folder.root, "eval")
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    assert [line["step"] for line in evaluated] == [0, 4, 8, 12]
+    assert set(trained[0]) >= {
+        *("kind", "step", "loss", "lr", "grad_norm", "last_k", "tokens", "supervised_tokens"),
+        *("step_seconds", "tokens_per_second", "mfu", "peak_memory_bytes"),
+    }
+    assert set(evaluated[0]) >= {"kind", "step", "split", "loss", "final_token_loss", "all_token_loss", "seconds"}
+    assert trained[-1]["tokens"] == 12 * 8 * 16
+    assert trained[-1]["supervised_tokens"] == 12 * 8
+    assert trained[-1]["mfu"] is None
+    assert evaluated[0]["loss"] == evaluated[0]["final_token_loss"] == pytest.approx(math.log(257), rel=0.05)
+
+
+def test_tensorboard_has_the_names_that_the_interface_promises(tiny: Tiny) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(tiny())
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    promised = {
+        *("train/loss", "train/lr", "train/grad_norm", "val/loss", "val/final_token_loss", "val/all_token_loss"),
+        *("perf/tokens_per_second", "perf/supervised_tokens_per_second", "perf/peak_memory_gib"),
+    }
+    assert promised <= set(events.Tags()["scalars"])
+    shown = [event.value for event in events.Scalars("train/loss")]
+    assert shown == pytest.approx(losses(folder.root), rel=1e-6)
+
+
+def test_it_learns(tiny: Tiny, tmp_path: Path) -> None:
+    """300 updates of a tiny network on one loss per sequence: from 5.5 nats, of 257 equal ids, to below 3.1."""
+    changes = {
+        **{"train.max_iters": 300, "train.global_batch_size": 64, "optim.learning_rate": 5e-3},
+        **{"eval.interval": 300, "checkpoint.interval": 300, "optim.warmup_iters": 20},
+    }
+    folder = train(tiny(changes))
+    before, after = metrics(folder.root, "eval")
+    assert before["final_token_loss"] == pytest.approx(math.log(257), abs=0.2)
+    assert after["final_token_loss"] < 3.1
+
+
+def test_a_network_whose_first_loss_is_far_off_says_so(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny({"model.logit_scale": 300.0, "train.max_iters": 1, "optim.learning_rate": 1e-9}))
+    assert "where an untrained network should have about ln 257" in capsys.readouterr().out
+
+
+def test_a_loss_that_explodes_stops_with_status_3_and_keeps_the_last_good_checkpoint(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(LossError, match=r"lower optim\.learning_rate"):
+        train(tiny({"optim.learning_rate": 1e30, "optim.grad_clip": "null", "optim.warmup_iters": 0}))
+    status = json.loads((tmp_path / "run/run_status.json").read_text())
+    assert (status["status"], status["exit_status"]) == ("failed", 3)
+
+
+def test_another_run_in_the_same_folder_is_refused_by_naming_what_differs(tiny: Tiny) -> None:
+    train(tiny())
+    with pytest.raises(UserError, match=r"loss\.last_k was 1, is 2; optim\.learning_rate was 0\.001, is 0\.5"):
+        train(tiny({"loss.last_k": 2, "optim.learning_rate": 0.5}))
+    with pytest.raises(UserError, match=r"checkpoint\.resume is never"):
+        train(tiny({"checkpoint.resume": "never"}))
+
+
+def test_other_data_under_the_same_settings_is_refused(tiny: Tiny, data_dir: Path, tmp_path: Path) -> None:
+    train(tiny())
+    shards = tmp_path / "other"
+    shards.mkdir()
+    for path in data_dir.glob("*.bin"):
+        content = bytearray(path.read_bytes())
+        (shards / path.name).write_bytes(content)
+    with pytest.raises(UserError, match="other data"):
+        train(tiny({"data.dir": shards, "train.max_iters": 20}))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_too_little_text_for_one_window_is_named(split: str, tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a" * (10 if split == "train" else 100))
+    changes = {"data.source": "files", "data.path": text, "data.dir": tmp_path / "short"}
+    with pytest.raises(UserError, match="fewer than one window"):
+        train(tiny(changes))
+
+
+def test_processes_with_different_settings_are_told_which_before_step_1(
+    tiny_arguments: Arguments, tmp_path: Path
+) -> None:
+    """Two processes joined by hand, as two nodes with two copies of a config would be."""
+    import os
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(2):
+        arguments = tiny_arguments({"optim.learning_rate": (rank + 1) * 1e-3})
+        joined = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "dist_train", "train", *arguments]
+        environment = {**os.environ, **joined, **address}
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for rank, process in enumerate(started):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert "rank 1 has other settings than rank 0" in errors
+        assert f"(rank {rank})" in errors
+    assert not (tmp_path / "run/metrics.jsonl").exists()
