@@ -51,7 +51,7 @@ class Process:
         return self.rank == 0
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `numbers` over all processes, on every one of them."""
+        """Add up `numbers` over all processes, in place, and return them."""
         if self.world_size > 1:
             dist.all_reduce(numbers)
         return numbers
@@ -101,7 +101,6 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = settings.precision != "fp32"
     if world_size == 1:
         yield Process(rank, world_size, device)
         return
@@ -115,11 +114,27 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
     except dist.DistError as error:
         raise ProcessLostError(f"rank {rank} cannot reach the others: {error}; see that all were started") from error
     try:
-        yield Process(rank, world_size, device, patient_group)
-        # All leave together: a process that closes its connections early looks lost to the others.
-        dist.barrier(group=patient_group)
+        with naming_lost_peers(rank):
+            yield Process(rank, world_size, device, patient_group)
+            # All leave together: a process that closes its connections early looks lost to the others.
+            dist.barrier(group=patient_group)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_peers(rank: int) -> Iterator[None]:
+    """Turn the many errors that a broken collective ends in into `ProcessLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises bare RuntimeErrors that only their text tells from a bug.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "onnection closed" not in str(error):
+            raise
+        raise ProcessLostError(
+            f"rank {rank} lost another process, or waited for it longer than runtime.timeout_seconds; "
+            f"see what the others say, the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

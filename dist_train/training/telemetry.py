@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from dist_train.errors import DistTrainError
 from dist_train.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,12 @@ class NullRecord:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
+
+    def advance(self, step: int) -> None:
+        """Show that `step` updates are done, or at least asked for: a GPU may still be at them."""
+
+    def doing(self, what: str) -> None:
+        """Show what takes the time now, beside the bar."""
 
     def train(self, lines: list[dict[str, Any]]) -> None:
         """Write the lines of some finished updates, as the README's run folder describes them."""
@@ -82,12 +87,17 @@ class Record(NullRecord):
         if error is None:
             self._folder.write_status("done", self._step, 0)
         else:
-            self._folder.write_status(
-                "failed", self._step, error.exit_status if isinstance(error, DistTrainError) else 1
-            )
+            otherwise = 130 if isinstance(error, KeyboardInterrupt) else 1
+            self._folder.write_status("failed", self._step, getattr(error, "exit_status", otherwise))
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def doing(self, what: str) -> None:
+        self._bar.update(self._task, numbers=what)
 
     def train(self, lines: list[dict[str, Any]]) -> None:
         if not lines:
@@ -100,7 +110,7 @@ class Record(NullRecord):
         self._step = line["step"]
         mean = sum(each["loss"] for each in lines) / len(lines)
         numbers = f"loss {mean:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=self._step, numbers=numbers)
+        self._bar.update(self._task, numbers=numbers)
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
         self._write({"kind": "eval", "step": step, "split": "val", **result})

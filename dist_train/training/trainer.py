@@ -17,7 +17,7 @@ from dist_train.errors import UserError
 from dist_train.model.generation import generate
 from dist_train.model.gpt import GPT, build
 from dist_train.runtime.parallel import Replica, micro_batch_size
-from dist_train.runtime.process import Process, start_process
+from dist_train.runtime.process import Process, naming_lost_peers, start_process
 from dist_train.training import checkpoint
 from dist_train.training.evaluation import Evaluator
 from dist_train.training.loss import cross_entropy, first_loss_warning
@@ -34,7 +34,7 @@ def train(settings: Settings) -> RunFolder:
     """
     with start_process(settings.runtime) as process:
         run = _assemble(settings, process)
-        with run.record:
+        with run.record, naming_lost_peers(process.rank):
             _loop(run)
         run.batches.close()
     return run.folder
@@ -82,6 +82,7 @@ def _loop(run: _Run) -> None:
         loss_sum, count, grad_norm, rate = update(run, step)
         finished = step + 1
         run.meter.add(finished, loss_sum, count, grad_norm, rate)
+        run.record.advance(finished)
 
         is_last = finished == max_iters
         if is_last or finished % settings.log.interval == 0:
@@ -124,6 +125,7 @@ def _accumulate_gradients(run: Learner, step: int) -> tuple[Tensor, int]:
 def _evaluate(run: _Run, step: int) -> None:
     """Measure and record the held-out losses after `step` updates."""
     run.record.train(run.meter.flush())
+    run.record.doing("evaluating")
     result = run.evaluator.evaluate(run.replica)
     samples = step * run.settings.train.global_batch_size
     coverage = run.windows.target_coverage(samples, run.settings.last_k)
@@ -136,6 +138,7 @@ def _evaluate(run: _Run, step: int) -> None:
 def _save(run: _Run, step: int) -> None:
     """Save the run after `step` updates, and a sample of what it writes by then."""
     run.record.train(run.meter.flush())
+    run.record.doing("saving")
     settings = run.settings
     progress = checkpoint.Progress(
         step=step,

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,29 +221,47 @@ def test_too_little_text_for_one_window_is_named(split: str, tiny: Tiny, tmp_pat
         train(tiny(changes))
 
 
-def test_processes_with_different_settings_are_told_which_before_step_1(
-    tiny_arguments: Arguments, tmp_path: Path
-) -> None:
-    """Two processes joined by hand, as two nodes with two copies of a config would be."""
-    import os
-    import socket
-    import subprocess
-    import sys
-
+def start_two(arguments_of_rank: list[list[str]]) -> list[subprocess.Popen[str]]:
+    """Start two processes joined by hand, as two nodes would be."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = []
-    for rank in range(2):
-        arguments = tiny_arguments({"optim.learning_rate": (rank + 1) * 1e-3})
-        joined = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "dist_train", "train", *arguments]
-        environment = {**os.environ, **joined, **address}
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    shared = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "dist_train", "train", *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, arguments in enumerate(arguments_of_rank)
+    ]
+
+
+def test_processes_with_different_settings_are_told_which_before_step_1(
+    tiny_arguments: Arguments, tmp_path: Path
+) -> None:
+    started = start_two([tiny_arguments({"optim.learning_rate": rate}) for rate in (1e-3, 2e-3)])
     for rank, process in enumerate(started):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2, errors
         assert "rank 1 has other settings than rank 0" in errors
         assert f"(rank {rank})" in errors
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_process_whose_peer_is_killed_says_so_with_status_5(tiny_arguments: Arguments, tmp_path: Path) -> None:
+    arguments = tiny_arguments({"train.max_iters": 100_000})
+    first, second = start_two([arguments, arguments])
+    while not (tmp_path / "run/checkpoints").exists() or not any((tmp_path / "run/checkpoints").glob("step-*")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second.kill()
+    second.communicate()
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 5, errors
+    assert "rank 0 lost another process" in errors
+    assert "Traceback" not in errors
+    status = json.loads((tmp_path / "run/run_status.json").read_text())
+    assert (status["status"], status["exit_status"]) == ("failed", 5)
