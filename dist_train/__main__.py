@@ -1,17 +1,25 @@
 """The commands: parse, load the settings, hand over. Heavy imports happen inside the command that needs them."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dist_train.config import Settings, describe_settings
 from dist_train.config_file import load_settings
-from dist_train.errors import DistTrainError, UserError
+from dist_train.errors import DistTrainError, StorageError, UserError
+
+if TYPE_CHECKING:
+    from dist_train.study.grid import Grid
+
+
+# Full, over quota, read-only, broken: whoever wrote, the remedy is the user's.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,16 +29,21 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
     try:
         options, overrides = _parser().parse_known_args(arguments)
-        settings = load_settings(options.config, overrides)
+        loaded = options.load(options.config, overrides)
     except UserError as error:
         if rank == 0:  # every process reads the same settings and finds the same mistakes
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     try:
-        options.run(settings)
+        options.run(loaded)
     except DistTrainError as error:
         print(f"error: {error}" + ("" if is_alone else f" (rank {rank})"), file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error}; free space or choose another place, the same command then goes on", file=sys.stderr)
+        return StorageError.exit_status
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -62,7 +75,7 @@ def _train(settings: Settings) -> None:
     from dist_train.study.plots import plot_loss
 
     picture = plot_loss(folder.root)
-    sample = max(folder.samples.glob("step-*.txt"))
+    sample = max(folder.samples.glob("step-*.txt"), key=lambda path: int(path.stem.removeprefix("step-")))
     print(f"\n{sample.read_text(encoding='utf-8').rstrip()}\n")
     print(f"run folder   {folder.root}")
     print(f"loss plot    {picture}")
@@ -70,7 +83,49 @@ def _train(settings: Settings) -> None:
     print(f"tensorboard  {sys.executable} -m tensorboard.main --logdir {folder.root.parent}")
 
 
-_COMMANDS: dict[str, Callable[[Settings], None]] = {"prepare": _prepare, "train": _train}
+def _bench(settings: Settings) -> None:
+    """time a training step and measure its memory, side by side with the plain way to do it"""
+    from dist_train.study.bench import bench
+
+    bench(settings)
+
+
+def _compare(grid: "Grid") -> None:
+    """train every run of a grid of settings that has not finished yet, and report on all of them"""
+    from dist_train.study.compare import run_cells
+    from dist_train.study.report import write_report
+
+    run_cells(grid)
+    write_report(grid)
+
+
+def _load_grid(path: Path, overrides: Sequence[str]) -> "Grid":
+    from dist_train.study.grid import load_grid
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # A second process group under one torchrun meets the first one's addresses (torch 2.13, gloo).
+        raise UserError("compare trains its runs one after another in one process; start it without torchrun")
+    return load_grid(path, overrides)
+
+
+class _Command(NamedTuple):
+    run: Callable[[Any], None]
+    load: Callable[[Path, Sequence[str]], Any] = load_settings
+    """Reads CONFIG and the overrides into what `run` takes."""
+    config_help: str = "a YAML file of settings, as in configs/"
+
+
+_COMMANDS = {
+    "prepare": _Command(_prepare),
+    "train": _Command(_train),
+    "compare": _Command(
+        _compare,
+        _load_grid,
+        "a YAML file of a grid: `base` (a file of settings), `out_dir`, `settings` for all runs, and `grid` with the "
+        "values of those that vary, as in configs/study_small.yaml",
+    ),
+    "bench": _Command(_bench),
+}
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
@@ -95,15 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in _COMMANDS.items():
         added = commands.add_parser(
             name,
-            help=command.__doc__,
-            description=f"{name}: {command.__doc__}.",
+            help=command.run.__doc__,
+            description=f"{name}: {command.run.__doc__}.",
             epilog=_settings_help(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"dist-train {name} CONFIG [--section.key=value ...]",
             allow_abbrev=False,
         )
-        added.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file of settings, as in configs/")
-        added.set_defaults(run=command)
+        added.add_argument("config", type=Path, metavar="CONFIG", help=command.config_help)
+        added.set_defaults(run=command.run, load=command.load)
     return parser
 
 

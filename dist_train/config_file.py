@@ -44,11 +44,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
-def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file of settings, then `--section.key=value` overrides in their order.
-
-    Raises `UserError` that names every mistake of file and overrides in one line.
-    """
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file. Raises `UserError` if it cannot be read or is not a mapping."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -57,6 +54,15 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}; mend that line") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no sections; write e.g. `train: {{max_iters: 100}}`")
+    return values
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file of settings, then `--section.key=value` overrides in their order.
+
+    Raises `UserError` that names every mistake of file and overrides in one line.
+    """
+    values = read_yaml(path)
     mistakes = [mistake for override in overrides if (mistake := _apply_override(values, override))]
     _fill_in_folders(values, path.stem)
     try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from dist_train.config import DataSettings
 from dist_train.errors import UserError
@@ -57,7 +58,8 @@ def _python_docs(settings: DataSettings) -> Corpus:
 
     # Topics repeat each other (`specialnames` holds all of `customization`): each paragraph counts once,
     # or the held-out end of the text would be known from training.
-    paragraphs = dict.fromkeys(paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    # Without the newlines around it, because the last one of a topic has one more.
+    paragraphs = dict.fromkeys(part.strip("\n") for name in sorted(topics) for part in topics[name].split("\n\n"))
     text = "\n\n".join(paragraphs)
     return Corpus([Document("pydoc_data.topics", text)], is_single_text=True, revision=sys.version.split()[0])
 
@@ -110,77 +112,137 @@ def _files(settings: DataSettings) -> Corpus:
     """Files by path, folder or glob, in the order of their names: a `.txt` is one document, a row elsewhere is one."""
     assert settings.path is not None
     readers = {".txt": _text_file, ".jsonl": _json_lines, ".parquet": _parquet}
-    pattern = Path(settings.path).expanduser()
-    found = [str(path) for path in pattern.rglob("*")] if pattern.is_dir() else glob.glob(str(pattern), recursive=True)
-    paths = sorted(path for path in map(Path, found) if path.suffix in readers and path.is_file())
+    root, found = _find(Path(settings.path).expanduser())
+    paths = sorted(path for path in found if path.suffix in readers and path.is_file())
     if not paths:
         raise UserError(f"data.path: no .txt, .jsonl or .parquet file at {settings.path}; give a file, folder or glob")
 
     def documents() -> Iterator[Document]:
         for path in paths:
-            for number, text in enumerate(readers[path.suffix](path, settings.text_column)):
-                yield Document(f"{path.name}:{number}", text)
+            # Below its folder, because the same name may be there many times, and the split hangs on it.
+            name = path.relative_to(root).as_posix()
+            try:
+                for number, text in enumerate(readers[path.suffix](path, settings.text_column)):
+                    if text is not None:
+                        yield Document(f"{name}:{number}", text)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error}; mend or remove it") from None
 
     return Corpus(documents(), is_single_text=len(paths) == 1 and paths[0].suffix == ".txt")
 
 
-def _text_file(path: Path, column: str) -> Iterator[str]:
+def _find(path: Path) -> tuple[Path, list[Path]]:
+    """Return the folder that a file, folder or glob is about, and all that is found there."""
+    if path.is_dir():
+        return path, list(path.rglob("*"))
+    if path.exists():  # whatever its name looks like: a [1] in it is no pattern then
+        return path.parent, [path]
+    root = path.parent
+    while glob.has_magic(str(root)):
+        root = root.parent
+    return root, [Path(found) for found in glob.glob(str(path), recursive=True)]
+
+
+# Readers yield one text for each row, None where the row has none: a row's number stays its name.
+
+
+def _text_file(path: Path, column: str) -> Iterator[str | None]:
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+def _json_lines(path: Path, column: str) -> Iterator[str | None]:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                yield None
+                continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise UserError(f"{where} is not UTF-8; convert it, e.g. with iconv") from None
             except ValueError:
-                raise UserError(f"{path}, line {number} is not JSON; mend or remove it") from None
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
+                raise UserError(f"{where} is not JSON; mend or remove it") from None
+            if not isinstance(record, dict) or not isinstance(record.get(column, 0), str | None):
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(
-                    f"{path}, line {number} has no text in column {column!r} (it has: {keys}); set data.text_column"
-                )
+                raise UserError(f"{where} has no text in column {column!r} (it has: {keys}); set data.text_column")
             yield record[column]
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet(path: Path, column: str) -> Iterator[str | None]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path} has no column {column!r} (it has: {names}); set data.text_column")
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read {path} as parquet: {error}; fetch it again") from None
+        for text, _ in _parquet_rows(path, str(path), column, column):
+            yield text
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read {path} as parquet: {reason}; fetch it again") from None
+
+
+def _parquet_rows(file: Any, name: str, text_column: str, id_column: str) -> Iterator[tuple[str | None, str]]:
+    """Yield text and id of each row of a parquet file, which is a path or an open file called `name`."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        names = parquet.schema_arrow.names
+        if text_column not in names:
+            raise UserError(f"{name} has no column {text_column!r} (it has: {', '.join(names)}); set data.text_column")
+        for batch in parquet.iter_batches(batch_size=256, columns=[text_column, id_column]):
+            texts, ids = batch.column(text_column).to_pylist(), batch.column(id_column).to_pylist()
+            for text in texts:
+                if not isinstance(text, str | None):
+                    kind = type(text).__name__
+                    raise UserError(f"{name}: column {text_column!r} holds {kind}, not text; set data.text_column")
+            yield from zip(texts, ids, strict=True)
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
 
+_FINEWEB = "HuggingFaceFW/fineweb"
+
 
 def _fineweb(settings: DataSettings) -> Corpus:
-    """FineWeb (Penedo et al. 2024, ODC-By 1.0), streamed: only the documents that are read are downloaded."""
+    """FineWeb (Penedo et al. 2024, ODC-By 1.0), streamed: only the documents that are read are downloaded.
+
+    `datasets` says which files a subset has, but does not read them: a process that stops within its stream dies of
+    SIGABRT on its way out, all work done (huggingface/datasets#7566, apache/arrow#45214).
+    """
     try:
-        import datasets
+        from datasets import load_dataset_builder
+        from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_url
     except ImportError:
         raise UserError("data.source: fineweb needs the package `datasets`; pip install datasets") from None
+    try:
+        # One small request ahead: `datasets` tries for half a minute before it says that there is no hub.
+        card = get_hf_file_metadata(hf_hub_url(_FINEWEB, "README.md", repo_type="dataset"), timeout=5)
+        urls = load_dataset_builder(_FINEWEB, name=settings.subset).config.data_files["train"]
+    except Exception as error:  # what the hub's client and its HTTP library raise has no base class in common
+        raise _hub_error(settings, error) from None
 
     def documents() -> Iterator[Document]:
-        try:
-            stream = datasets.load_dataset("HuggingFaceFW/fineweb", name=settings.subset, split="train", streaming=True)
-            for row in stream:
-                yield Document(row["id"], row[settings.text_column])
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"cannot stream FineWeb's {settings.subset} from the hub: {reason}; connect to the internet, or read "
-                f"local files with --data.source=files --data.path=…"
-            ) from None
+        for url in urls:
+            try:
+                with HfFileSystem().open(url) as file:
+                    for text, document_id in _parquet_rows(file, url, settings.text_column, "id"):
+                        if text is not None:
+                            yield Document(document_id, text)
+            except UserError:
+                raise
+            except Exception as error:
+                raise _hub_error(settings, error) from None
 
-    return Corpus(documents())
+    return Corpus(documents(), revision=card.commit_hash)
+
+
+def _hub_error(settings: DataSettings, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    if "Available: " in reason:
+        return UserError(f"data.subset: FineWeb has no {settings.subset!r}; {reason[reason.index('Available: ') :]}")
+    return UserError(
+        f"cannot stream FineWeb's {settings.subset} from the hub: {reason[:200]}; connect to the internet, or read "
+        f"local files with --data.source=files --data.path=…"
+    )

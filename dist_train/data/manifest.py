@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_train.config import DataSettings
 from dist_train.data.shards import Shard, TokenStream, map_shard
+from dist_train.data.tokenizer import fingerprint, load_tokenizer
 from dist_train.errors import UserError
 
 FILE = "manifest.json"
@@ -39,8 +40,6 @@ class Manifest:
     def read(folder: Path) -> "Manifest | None":
         """Return the folder's manifest, or None where there is none. Raises `UserError` if it is damaged."""
         path = folder / FILE
-        if not path.exists():
-            return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             splits = {
@@ -51,7 +50,9 @@ class Manifest:
                 )
                 for name in ("train", "val")
             }
-            return Manifest(values["tokenizer"], values["source"], **splits)
+            return Manifest(dict(values["tokenizer"]), dict(values["source"]), **splits)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error!r}); delete {folder} and prepare again") from None
 
@@ -65,13 +66,20 @@ def source_identity(settings: DataSettings) -> dict[str, Any]:
 def require_match(manifest: Manifest, settings: DataSettings) -> None:
     """Raise `UserError` naming the first setting in which prepared data differs from what is asked for."""
     wanted = {**source_identity(settings), "tokenizer": settings.tokenizer}
-    found = {**manifest.source, "tokenizer": manifest.tokenizer["name"]}
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"data.dir: {settings.dir} was prepared with {key}={found.get(key)!r}, not {value!r}; "
-                f"choose another --data.dir or delete that folder"
-            )
+    found = {**manifest.source, "tokenizer": manifest.tokenizer.get("name")}
+    differences = [
+        f"{key}={found.get(key)!r}, not {value!r}" for key, value in wanted.items() if found.get(key) != value
+    ]
+    # tiktoken holds its own vocabularies to their hashes; only a file can change under its name.
+    if not differences and settings.tokenizer.endswith(".tiktoken"):
+        now = fingerprint(load_tokenizer(settings.tokenizer))
+        if now != manifest.tokenizer.get("fingerprint"):
+            differences = [f"another content of tokenizer={settings.tokenizer!r}"]
+    if differences:
+        raise UserError(
+            f"data.dir: {settings.dir} was prepared with {differences[0]}; "
+            f"choose another --data.dir or delete that folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,18 @@ def open_tokens(settings: DataSettings) -> TokenData:
     for split, files in names.items():
         if not files:
             raise UserError(f"data.dir: {settings.dir} has no {split} shards; prepare it, or point data.dir elsewhere")
-    headerless = settings.shard_format == "headerless"
-    streams = {
-        split: TokenStream([map_shard(settings.dir / file, headerless) for file in files])
-        for split, files in names.items()
-    }
+    headerless = settings.shard_format == "headerless" and not manifest  # what `prepare` writes has a header
+    streams = {split: _open_stream(settings.dir, files, headerless) for split, files in names.items()}
+    totals = {split: len(stream) for split, stream in streams.items()}
+    if manifest and totals != {"train": manifest.train.tokens, "val": manifest.val.tokens}:
+        raise UserError(
+            f"data.dir: the shards in {settings.dir} are not those of its {FILE}; delete it and prepare again"
+        )
     return TokenData(**streams, fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+
+
+def _open_stream(folder: Path, files: list[str], headerless: bool) -> TokenStream:
+    shards = [map_shard(folder / file, headerless) for file in files]
+    if len({shard.dtype for shard in shards}) > 1:
+        raise UserError(f"data.dir: {folder} mixes shards of uint16 and uint32 tokens; keep those of one tokenizer")
+    return TokenStream(shards)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tiktoken import Encoding
 
 from dist_train.config import DataSettings
-from dist_train.data.corpora import Corpus, open_corpus
-from dist_train.data.manifest import Manifest, Split, is_prepared, require_match, source_identity
+from dist_train.data.corpora import Corpus, Document, open_corpus
+from dist_train.data.manifest import Manifest, Split, require_match, source_identity
 from dist_train.data.shards import ShardWriter, token_dtype
 from dist_train.data.tokenizer import encode_document, end_of_text, fingerprint, load_tokenizer
 from dist_train.errors import StorageError, UserError
@@ -33,20 +35,35 @@ def prepare(settings: DataSettings) -> Prepared:
     if existing:
         require_match(existing, settings)
         return Prepared(existing, is_new=False)
-    if is_prepared(settings.dir):
-        raise UserError(f"data.dir: {settings.dir} holds shards that something else wrote; choose another --data.dir")
     try:
+        if settings.dir.exists() and (not settings.dir.is_dir() or any(settings.dir.iterdir())):
+            raise UserError(
+                f"data.dir: {settings.dir} holds what `prepare` did not write; "
+                f"train on it if it is shards, or choose another --data.dir"
+            )
         settings.dir.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{settings.dir.name}.partial-", dir=settings.dir.parent))
         try:
             manifest = _write_shards(settings, open_corpus(settings), work)
             manifest.write(work)
             work.chmod(0o755)
-            os.replace(work, settings.dir)
+            return _put_in_place(work, manifest, settings)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"cannot write {settings.dir}: {error.strerror or error}; free or choose a place") from error
+
+
+def _put_in_place(work: Path, manifest: Manifest, settings: DataSettings) -> Prepared:
+    """Give the finished folder its name, unless another process has prepared the same data meanwhile."""
+    try:
+        os.replace(work, settings.dir)
+    except OSError:
+        existing = Manifest.read(settings.dir)
+        if existing is None:
+            raise
+        require_match(existing, settings)
+        return Prepared(existing, is_new=False)
     return Prepared(manifest, is_new=True)
 
 
@@ -56,13 +73,13 @@ def _write_shards(settings: DataSettings, corpus: Corpus, folder: Path) -> Manif
     dtype = token_dtype(encoding.n_vocab)
     documents = {"train": 0, "val": 0}
     with (
-        _progress(settings.max_documents) as progress,
+        _ProgressBar(settings.max_documents) as progress,
         ShardWriter(folder, "train", dtype, settings.shard_tokens) as train,
         ShardWriter(folder, "val", dtype, settings.shard_tokens) as val,
     ):
         writers = {"train": train, "val": val}
         for document in corpus.documents:
-            tokens = encode_document(encoding, document.text)
+            tokens = _encode(encoding, document)
             parts = (
                 _cut_end(tokens, settings.val_fraction)
                 if corpus.is_single_text
@@ -89,9 +106,17 @@ def _write_shards(settings: DataSettings, corpus: Corpus, folder: Path) -> Manif
     return Manifest(tokenizer, {**source_identity(settings), "revision": corpus.revision}, **splits)
 
 
+def _encode(encoding: Encoding, document: Document) -> np.ndarray:
+    try:
+        return encode_document(encoding, document.text)
+    except ValueError as error:
+        raise UserError(f"data.source: cannot tokenize the document {document.id}: {error}; remove it") from None
+
+
 def _split_of(document_id: str, val_fraction: float) -> str:
     """Say where a document belongs, by its id alone: neither order nor how much is prepared changes it."""
-    uniform = int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big") / 2**64
+    key = document_id.encode(errors="surrogatepass")  # file names need not be Unicode
+    uniform = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
     return "val" if uniform < val_fraction else "train"
 
 
@@ -101,22 +126,25 @@ def _cut_end(tokens: np.ndarray, val_fraction: float) -> dict[str, np.ndarray]:
     return {"train": tokens[:cut], "val": np.concatenate([tokens[:1], tokens[cut:]])}
 
 
-class _progress:
+class _ProgressBar:
     """A progress bar that counts documents and tokens, and says how fast."""
 
     def __init__(self, max_documents: int | None) -> None:
+        console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("preparing"),
             BarColumn(),
             TextColumn("{task.completed:,.0f} documents  {task.fields[tokens]:,} tokens"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,  # or it leaves an empty line in every log
             transient=True,
         )
         self._task = self._bar.add_task("", total=max_documents, tokens=0)
         self._tokens = 0
 
-    def __enter__(self) -> "_progress":
+    def __enter__(self) -> "_ProgressBar":
         self._bar.start()
         return self
 

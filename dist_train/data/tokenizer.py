@@ -30,16 +30,13 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
             "bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}
         )
     if name.endswith(".tiktoken"):
-        return _from_file(Path(name))
+        return _from_file(Path(name).expanduser())
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
         raise UserError(f"data.tokenizer: there is no {name!r}; use one of {known}, or the path of a .tiktoken file")
     try:
         encoding = tiktoken.get_encoding(name)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' errors are OSErrors; a cached file of the wrong hash a ValueError
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors, a file of the wrong hash is a ValueError
         reason = type(error).__name__
         raise UserError(
             f"data.tokenizer: tiktoken cannot fetch {name!r} ({reason}); connect to the internet once, set "
@@ -73,8 +70,16 @@ def _from_file(path: Path) -> tiktoken.Encoding:
 
 
 def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Return `<|endoftext|>` and the tokens of `text`, uint32 [n]; a special token spelled there is plain text."""
-    tokens = encoding.encode_to_numpy(text, disallowed_special=())
+    """Return `<|endoftext|>` and the tokens of `text`, uint32 [n]; a special token spelled there is plain text.
+
+    Raises `ValueError` for a text that the splitting pattern cannot take, such as a million spaces in a row.
+    """
+    try:
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, which JSON can spell: as tiktoken's own `encode` does, pair it or put � there.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
     return np.concatenate([np.array([end_of_text(encoding)], dtype=np.uint32), tokens])
 
 

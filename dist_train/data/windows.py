@@ -5,6 +5,7 @@ needs only the step, and changing the number of ranks changes neither the data n
 Everything is vectorised over sample numbers and keeps no state: memory does not grow with corpus or run.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,19 +30,22 @@ def mix(numbers: np.ndarray, seed: int) -> np.ndarray:
 def permute(index: np.ndarray, n: int, seed: np.ndarray) -> np.ndarray:
     """Map each of `index` [B] in 0 … n-1 to its place in a permutation of 0 … n-1 that `seed` [B] chooses.
 
-    A Feistel network permutes the next even power of two, and what falls outside n walks on until it is inside
-    (Black and Rogaway 2002): O(1) memory, and fewer than four walks on average.
+    The generalised Feistel network of Black and Rogaway (2002): index is a row and a column of the smallest near-square
+    grid that holds n, each in turn is shifted by a hash of the other, and what falls outside n walks on until it is
+    inside. O(1) memory; under one in √n walks, so that all of a batch are done in about two passes.
     """
-    half_bits = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    n_rows, n_columns = np.uint64(rows), np.uint64(columns)
     result = index.astype(np.uint64)
-    walking = np.ones(len(result), dtype=bool)
-    while walking.any():
-        left, right = result[walking] >> half_bits, result[walking] & mask
-        for turn in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (mix(right ^ seed[walking], turn << 40) & mask)
-        result[walking] = (left << half_bits) | right
-        walking = result >= np.uint64(n)
+    walking = np.arange(len(result))
+    while len(walking):
+        (row, column), key = np.divmod(result[walking], n_columns), seed[walking]
+        for turn in range(0, _FEISTEL_ROUNDS, 2):
+            row = (row + mix(column ^ key, turn << 40) % n_rows) % n_rows
+            column = (column + mix(row ^ key, (turn + 1) << 40) % n_columns) % n_columns
+        result[walking] = row * n_columns + column
+        walking = walking[result[walking] >= np.uint64(n)]
     return result.astype(np.int64)
 
 
@@ -62,12 +66,12 @@ class Windows:
 
     @property
     def phases(self) -> int:
-        """Offsets of an epoch's first window; every epoch takes another."""
+        """Offsets that an epoch's first window can have; as many epochs take each of them once, in random order."""
         return min(self.stride, self.n_starts)
 
     @property
     def per_epoch(self) -> int:
-        """Windows per epoch of `shuffle`, the same whatever the phase."""
+        """Windows per epoch of `shuffle`, the same whatever the phase: up to stride-1 starts at the end are left."""
         return (self.n_starts - self.phases) // self.stride + 1
 
     def starts(self, samples: np.ndarray) -> np.ndarray:
@@ -79,7 +83,9 @@ class Windows:
         return order * self.stride + self._phase(epochs)
 
     def _phase(self, epochs: np.ndarray) -> np.ndarray:
-        return (mix(epochs, self.seed) % np.uint64(self.phases)).astype(np.int64)
+        """Return the offset of the first window in each of `epochs` [B]."""
+        cycles, index = np.divmod(epochs, self.phases)
+        return permute(index, self.phases, mix(cycles, self.seed))
 
     def target_coverage(self, n_samples: int, last_k: int) -> float:
         """Return which fraction of the corpus's tokens has been a supervised target after the first `n_samples`.
@@ -90,10 +96,10 @@ class Windows:
         if self.sampling == "random":
             return 1.0 - (1.0 - min(1.0, last_k / self.n_starts)) ** n_samples
         epochs, rest = divmod(n_samples, self.per_epoch)
-        covered = np.zeros(self.stride)
+        covered = np.zeros(min(self.stride, self.n_tokens))
         positions = np.arange(self.block_size - last_k, self.block_size)
-        # Once every phase has been met nothing changes; a run of that many epochs is cut short.
-        for epoch in range(min(epochs + 1, 64 * self.phases)):
+        # After `phases` epochs every phase has been met, and nothing changes any more.
+        for epoch in range(min(epochs + 1, self.phases)):
             share = 1.0 if epoch < epochs else rest / self.per_epoch
             residues, windows = np.unique(
                 (positions + self._phase(np.array([epoch]))) % self.stride, return_counts=True

@@ -159,12 +159,12 @@ def initialize(network: GPT, generator: torch.Generator) -> None:
                 module.reset_parameters()
 
 
-def step_flops(settings: ModelSettings, n_vocab: int, sequences: int, last_k: int) -> int:
+def step_flops(settings: ModelSettings, n_rows: int, sequences: int, last_k: int) -> int:
     """Return the FLOPs of the matrix products in forward and backward of `sequences` × block_size tokens.
 
     A product of m×n by n×p is 2mnp; backward costs twice the forward; the causal half of attention counts, not the
     masked one. Only what is really computed counts: keys and values everywhere, all else of the last block and the
-    head for `last_k` positions.
+    head, with its `n_rows` of the padded vocabulary, for `last_k` positions.
     """
     T, D, S = settings.block_size, settings.n_embd, last_k
 
@@ -172,5 +172,5 @@ def step_flops(settings: ModelSettings, n_vocab: int, sequences: int, last_k: in
         pairs = asking * T - asking * (asking - 1) // 2  # how many (query, key) pairs the causal mask leaves
         return 2 * (2 * D * D * T + (D * D + D * D + 8 * D * D) * asking) + 4 * D * pairs
 
-    forward = (settings.n_layer - 1) * block(T) + block(S) + 2 * D * n_vocab * S
+    forward = (settings.n_layer - 1) * block(T) + block(S) + 2 * D * n_rows * S
     return 3 * sequences * forward

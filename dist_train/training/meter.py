@@ -1,35 +1,46 @@
 """What updates measured: kept on the device until someone looks, so that no step waits for its numbers."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_train.config import Settings
 from dist_train.model.gpt import step_flops
-from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process, peak_flops, peak_memory_bytes
 from dist_train.training.loss import require_possible
+
+
+class Update(NamedTuple):
+    """What one update of the weights measured, as scalars still on the device."""
+
+    loss_sum: Tensor
+    """In nats, over this process's `supervised` tokens."""
+    supervised: int
+    grad_norm: Tensor
+    """Over all processes, before clipping."""
+    learning_rate: float
 
 
 class Meter:
     """Collects loss sums and counts of the updates since the last `flush`, and the totals of the run."""
 
-    def __init__(self, settings: Settings, n_vocab: int, process: Process, replica: Replica) -> None:
+    def __init__(self, settings: Settings, n_rows: int, process: Process, precision: torch.dtype) -> None:
         self.tokens = self.supervised_tokens = 0
         """Input tokens and supervised tokens of all finished updates on all processes."""
         self._tokens_per_step = settings.train.global_batch_size * settings.model.block_size
-        self._flops_per_step = step_flops(settings.model, n_vocab, settings.train.global_batch_size, settings.last_k)
-        peak = peak_flops(process.device, replica.precision)
+        # The head multiplies by all rows of the embedding, those that pad the vocabulary too.
+        self._flops_per_step = step_flops(settings.model, n_rows, settings.train.global_batch_size, settings.last_k)
+        peak = peak_flops(process.device, precision)
         self._peak_flops = peak * process.world_size if peak else None
-        self._last_k, self._process, self._scaler = settings.last_k, process, replica.scaler
-        self._pending: list[tuple[int, Tensor, int, Tensor, float]] = []
+        self._last_k, self._process = settings.last_k, process
+        self._pending: list[tuple[int, Update]] = []
         self._started = time.perf_counter()
 
-    def add(self, step: int, loss_sum: Tensor, count: int, grad_norm: Tensor, rate: float) -> None:
-        """Take in one finished update: this process's loss sum over its `count` tokens, and the update's numbers."""
-        self._pending.append((step, loss_sum, count, grad_norm, rate))
+    def add(self, step: int, update: Update) -> None:
+        """Take in the update that finished `step`."""
+        self._pending.append((step, update))
 
     def flush(self) -> list[dict[str, Any]]:
         """Return the `train` lines of the updates since the last flush, the same on all processes, and start anew.
@@ -38,7 +49,8 @@ class Meter:
         """
         if not self._pending:
             return []
-        steps, loss_sums, counts, grad_norms, rates = zip(*self._pending, strict=True)
+        steps, updates = zip(*self._pending, strict=True)
+        loss_sums, counts, grad_norms, rates = zip(*updates, strict=True)
         self._pending = []
         # One reduction and one transfer for all of these updates.
         sums = self._process.sum(torch.stack([torch.stack(loss_sums), loss_sums[0].new_tensor(counts)])).tolist()

@@ -1,30 +1,19 @@
-"""Assemble the parts of a run, then the loop on one page."""
+"""The loop: sample, forward, loss, backward, update, evaluate, record."""
 
-import hashlib
-from dataclasses import dataclass
-
-import tiktoken
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.config import Settings
-from dist_train.data.batches import Batches
-from dist_train.data.manifest import TokenData, is_prepared, open_tokens
-from dist_train.data.prepare import prepare
-from dist_train.data.tokenizer import decode, end_of_text, load_tokenizer
-from dist_train.data.windows import Windows
-from dist_train.errors import UserError
+from dist_train.data.tokenizer import decode, end_of_text
 from dist_train.model.generation import generate
-from dist_train.model.gpt import GPT, build
-from dist_train.runtime.parallel import Replica, micro_batch_size
-from dist_train.runtime.process import Process, naming_lost_peers, start_process
+from dist_train.model.gpt import GPT
+from dist_train.runtime.process import naming_lost_peers, start_process
 from dist_train.training import checkpoint
-from dist_train.training.evaluation import Evaluator
+from dist_train.training.assembly import Learner, Run, assemble
 from dist_train.training.loss import cross_entropy, first_loss_warning
-from dist_train.training.meter import Meter
-from dist_train.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from dist_train.training.run_folder import RunFolder, code_hash
-from dist_train.training.telemetry import NullRecord, Record
+from dist_train.training.meter import Update
+from dist_train.training.optimizer import learning_rate, set_learning_rate
+from dist_train.training.run_folder import RunFolder
 
 
 def train(settings: Settings) -> RunFolder:
@@ -33,55 +22,21 @@ def train(settings: Settings) -> RunFolder:
     Data that is not there is prepared first; a run that is there is continued. Raises `DistTrainError`.
     """
     with start_process(settings.runtime) as process:
-        run = _assemble(settings, process)
+        run = assemble(settings, process)
         with run.record, naming_lost_peers(process.rank):
             _loop(run)
         run.batches.close()
     return run.folder
 
 
-@dataclass(kw_only=True)
-class Learner:
-    """The parts that an update of the weights takes: of a run, and of a benchmark that times updates alone."""
-
-    settings: Settings
-    process: Process
-    windows: Windows
-    batches: Batches
-    replica: Replica
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences that this process takes at once."""
-        return micro_batch_size(self.settings.train, self.process.world_size)
-
-
-@dataclass(kw_only=True)
-class _Run(Learner):
-    """The parts that the loop puts to work."""
-
-    encoding: tiktoken.Encoding
-    data: TokenData
-    evaluator: Evaluator
-    meter: Meter
-    folder: RunFolder
-    record: NullRecord
-    start_step: int
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
-
-def _loop(run: _Run) -> None:
+def _loop(run: Run) -> None:
     settings, max_iters = run.settings, run.settings.train.max_iters
     run.replica.network.train()
     if run.start_step == 0:
         _evaluate(run, step=0)
     for step in range(run.start_step, max_iters):
-        loss_sum, count, grad_norm, rate = update(run, step)
         finished = step + 1
-        run.meter.add(finished, loss_sum, count, grad_norm, rate)
+        run.meter.add(finished, update(run, step))
         run.record.advance(finished)
 
         is_last = finished == max_iters
@@ -93,16 +48,14 @@ def _loop(run: _Run) -> None:
             _save(run, finished)
 
 
-def update(run: Learner, step: int) -> tuple[Tensor, int, Tensor, float]:
-    """Update the weights; return this process's loss sum and count, the gradient's norm, and the learning rate.
-
-    Waits for nothing on the device: sum and norm are scalars there.
-    """
+def update(run: Learner, step: int) -> Update:
+    """Update the weights once, and wait for nothing on the device."""
     settings = run.settings
     rate = learning_rate(step, settings.optim, settings.train.max_iters)
     set_learning_rate(run.optimizer, rate)
     loss_sum, count = _accumulate_gradients(run, step)
-    return loss_sum, count, run.replica.update(run.optimizer, settings.optim.grad_clip), rate
+    grad_norm = run.replica.update(run.optimizer, settings.optim.grad_clip)
+    return Update(loss_sum, count, grad_norm, rate)
 
 
 def _accumulate_gradients(run: Learner, step: int) -> tuple[Tensor, int]:
@@ -122,7 +75,7 @@ def _accumulate_gradients(run: Learner, step: int) -> tuple[Tensor, int]:
     return total, inputs_BT.size(0) * last_k
 
 
-def _evaluate(run: _Run, step: int) -> None:
+def _evaluate(run: Run, step: int) -> None:
     """Measure and record the held-out losses after `step` updates."""
     run.record.train(run.meter.flush())
     run.record.doing("evaluating")
@@ -135,7 +88,7 @@ def _evaluate(run: _Run, step: int) -> None:
     run.meter.restart_clock()
 
 
-def _save(run: _Run, step: int) -> None:
+def _save(run: Run, step: int) -> None:
     """Save the run after `step` updates, and a sample of what it writes by then."""
     run.record.train(run.meter.flush())
     run.record.doing("saving")
@@ -156,7 +109,7 @@ def _save(run: _Run, step: int) -> None:
     run.meter.restart_clock()
 
 
-def _sample(run: _Run, step: int) -> str:
+def _sample(run: Run, step: int) -> str:
     """Return the prompt and what the network makes of it."""
     sample = run.settings.sample
     assert isinstance(run.replica.network, GPT)
@@ -165,99 +118,3 @@ def _sample(run: _Run, step: int) -> str:
     with run.replica.autocast():
         tokens = generate(run.replica.network, prompt, sample.max_new_tokens, sample.temperature, generator)
     return decode(run.encoding, tokens)
-
-
-# ---- assembling ------------------------------------------------------------------------------------------------------
-
-
-def _assemble(settings: Settings, process: Process) -> _Run:
-    """Build every part of the run, bring it to where a former one stopped, and see that all processes agree."""
-    micro_batch_size(settings.train, process.world_size)  # refuses what cannot be divided, before anything is done
-    folder = RunFolder(settings.run.out_dir)
-    if settings.checkpoint.resume == "never" and folder.has_run():
-        raise UserError(f"run.out_dir: {folder.root} has a run and checkpoint.resume is never; choose another folder")
-    process.on_main(lambda: require_data(settings))
-    encoding, data = load_tokenizer(settings.data.tokenizer), open_tokens(settings.data)
-    network = build(settings.model, encoding.n_vocab, settings.run.derive_seed("weights"), process.device)
-    learner = build_learner(settings, process, data, encoding.n_vocab, network)
-    replica = learner.replica
-    meter = Meter(settings, encoding.n_vocab, process, replica)
-
-    saved = checkpoint.find_newest(folder.checkpoints)
-    start_step = 0
-    if saved:
-        progress = checkpoint.load(saved, settings, data.fingerprint, replica, learner.optimizer)
-        start_step, meter.tokens, meter.supervised_tokens = progress.step, progress.tokens, progress.supervised_tokens
-    facts = {"settings": settings.to_yaml(), "code": code_hash(), "data": data.fingerprint, "step": str(start_step)}
-    process.agree({name: hashlib.sha256(fact.encode()).hexdigest() for name, fact in facts.items()})
-    process.on_main(lambda: folder.create(settings, process))
-    record = Record(folder, start_step, settings.train.max_iters) if process.is_main else NullRecord()
-    record.say(_describe(settings, network, data, process, replica, saved is not None, start_step))
-    return _Run(
-        **vars(learner),
-        encoding=encoding,
-        data=data,
-        evaluator=Evaluator(settings, data.val, encoding.n_vocab, process),
-        meter=meter,
-        folder=folder,
-        record=record,
-        start_step=start_step,
-    )
-
-
-def build_learner(settings: Settings, process: Process, data: TokenData, n_vocab: int, network: nn.Module) -> Learner:
-    """Return what updates `network`, which takes tokens [B, T] and last_k and returns logits [B, last_k, V]."""
-    windows, batch_size = _windows(settings, data), settings.train.global_batch_size
-    return Learner(
-        settings=settings,
-        process=process,
-        windows=windows,
-        batches=Batches(data.train, windows, n_vocab, batch_size, process.rank, process.world_size, process.device),
-        replica=Replica(network, process, settings.runtime),
-        optimizer=build_optimizer(network, settings.optim),
-    )
-
-
-def require_data(settings: Settings) -> None:
-    """Prepare the data where it is not there yet."""
-    if not is_prepared(settings.data.dir):
-        prepare(settings.data)
-
-
-def _windows(settings: Settings, data: TokenData) -> Windows:
-    block_size = settings.model.block_size
-    if len(data.train) <= block_size:
-        raise UserError(
-            f"{settings.data.dir} has {len(data.train)} training tokens, fewer than one window of "
-            f"model.block_size={block_size} + 1; prepare more text, or lower model.block_size"
-        )
-    return Windows(
-        n_tokens=len(data.train),
-        block_size=block_size,
-        sampling=settings.data.sampling,
-        stride=settings.data.stride or block_size,
-        seed=settings.run.derive_seed("windows"),
-    )
-
-
-def _describe(
-    settings: Settings,
-    network: GPT,
-    data: TokenData,
-    process: Process,
-    replica: Replica,
-    is_resumed: bool,
-    start_step: int,
-) -> str:
-    """Say in three lines what is about to run."""
-    model, train = settings.model, settings.train
-    precision = str(replica.precision).removeprefix("torch.")
-    return "\n".join(
-        [
-            f"network  {network.n_parameters() / 1e6:.1f} M parameters, {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} wide; on {process.world_size} × {process.device.type}, {precision}",
-            f"data     {settings.data.dir}: {len(data.train):,} tokens to train on, {len(data.val):,} held out",
-            f"loss     the last {settings.last_k} of {model.block_size} positions; {train.global_batch_size} sequences "
-            f"per update, {train.max_iters} updates" + (f", continued from step {start_step}" if is_resumed else ""),
-        ]
-    )

@@ -58,8 +58,8 @@ class PlainGPT(nn.Module):
 @pytest.mark.parametrize(
     ("n_layer", "n_embd", "last_k"),
     [
-        pytest.param(2, 192, 1, id="smaller"),
-        pytest.param(2, 192, 256, id="smaller-all-tokens"),
+        pytest.param(2, 96, 1, id="smaller"),
+        pytest.param(2, 96, 256, id="smaller-all-tokens"),
         pytest.param(12, 768, 1, id="whole", marks=pytest.mark.slow),
     ],
 )

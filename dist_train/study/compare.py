@@ -1,0 +1,33 @@
+"""Run a grid's cells one after another: each in its own folder, none twice, interrupted ones from where they were."""
+
+import contextlib
+import json
+
+from rich.console import Console
+
+from dist_train.config_file import load_settings
+from dist_train.errors import UserError
+from dist_train.study.grid import Cell, Grid
+from dist_train.training.run_folder import RunFolder
+from dist_train.training.trainer import train
+
+
+def run_cells(grid: Grid) -> None:
+    """Train every cell of the grid that has not finished yet. Raises `DistTrainError`; the same call then goes on."""
+    console = Console(highlight=False)
+    for number, cell in enumerate(grid.cells, start=1):
+        is_done = is_finished(cell)
+        heading = f"run {number} of {len(grid.cells)}  {cell.folder.name}" + (": finished before" if is_done else "")
+        console.print(heading, style="bold", markup=False)
+        if not is_done:
+            train(cell.settings)
+
+
+def is_finished(cell: Cell) -> bool:
+    """Tell whether the cell's folder holds a run of just these settings that came to its end."""
+    folder = RunFolder(cell.folder)
+    # A folder without a sensible status is not finished; what is wrong with it, if anything, `train` will say.
+    with contextlib.suppress(OSError, ValueError, KeyError, UserError):
+        is_done = json.loads(folder.status.read_text(encoding="utf-8"))["status"] == "done"
+        return is_done and load_settings(folder.config) == cell.settings
+    return False

@@ -1,0 +1,52 @@
+"""The plain way to train on the last k positions, to compare with: compute everything, and slice afterwards."""
+
+from torch import Tensor, nn
+
+from dist_train.model.gpt import GPT, step_flops
+
+
+class EveryPosition(nn.Module):
+    """Has `module` work for all T positions and keeps the last S: what `last_k` saves within it is not saved.
+
+    Wraps a whole network or one block, which both take x [B, T, …] and last_k and return [B, S, …].
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x_BT: Tensor, last_k: int) -> Tensor:
+        T = x_BT.size(1)
+        return self.module(x_BT, T)[:, T - last_k :]
+
+
+def trainer(network: GPT) -> nn.Module:
+    """Return the network as the project trains it: the last block and the head work for S positions."""
+    return network
+
+
+def plain(network: GPT) -> nn.Module:
+    """Return the network as most code has it: logits for all T positions, of which the last S are kept."""
+    return EveryPosition(network)
+
+
+def head_sliced(network: GPT) -> nn.Module:
+    """Return the network with all blocks at all T positions, and final norm and head at the last S alone."""
+    network.blocks[-1] = EveryPosition(network.blocks[-1])
+    return network
+
+
+VARIANTS = {"trainer": trainer, "plain": plain, "head_sliced": head_sliced}
+
+
+def variant_flops(network: GPT, sequences: int, last_k: int) -> dict[str, int]:
+    """Return the FLOPs that each variant really executes in one step of `sequences`, as `step_flops` counts them."""
+    settings, rows = network.settings, network.token_embedding.num_embeddings
+
+    def flops(n_rows: int, positions: int) -> int:
+        return step_flops(settings, n_rows, sequences, positions)
+
+    T = settings.block_size
+    # A head without rows costs nothing: the blocks alone.
+    head = flops(rows, last_k) - flops(0, last_k)
+    return {"trainer": flops(rows, last_k), "plain": flops(rows, T), "head_sliced": flops(0, T) + head}

@@ -1,0 +1,140 @@
+"""The parts of a run, and how they are put together."""
+
+import hashlib
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+from torch import nn
+
+from dist_train.config import Settings
+from dist_train.data.batches import Batches
+from dist_train.data.manifest import TokenData, is_prepared, open_tokens
+from dist_train.data.prepare import prepare
+from dist_train.data.tokenizer import load_tokenizer
+from dist_train.data.windows import Windows
+from dist_train.errors import UserError
+from dist_train.model.gpt import GPT, build
+from dist_train.runtime.parallel import Replica, micro_batch_size
+from dist_train.runtime.process import Process
+from dist_train.training import checkpoint
+from dist_train.training.evaluation import Evaluator
+from dist_train.training.meter import Meter
+from dist_train.training.optimizer import build_optimizer
+from dist_train.training.run_folder import RunFolder, code_hash
+from dist_train.training.telemetry import NullRecord, Record
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """The parts that an update of the weights takes: of a run, and of a benchmark that times updates alone."""
+
+    settings: Settings
+    process: Process
+    windows: Windows
+    batches: Batches
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that this process takes at once."""
+        return micro_batch_size(self.settings.train, self.process.world_size)
+
+
+@dataclass(kw_only=True)
+class Run(Learner):
+    """All parts that the loop puts to work."""
+
+    encoding: tiktoken.Encoding
+    data: TokenData
+    evaluator: Evaluator
+    meter: Meter
+    folder: RunFolder
+    record: NullRecord
+    start_step: int
+
+
+def assemble(settings: Settings, process: Process) -> Run:
+    """Build every part of the run, bring it to where a former one stopped, and see that all processes agree."""
+    micro_batch_size(settings.train, process.world_size)  # refuses what cannot be divided, before anything is done
+    folder = RunFolder(settings.run.out_dir)
+    if settings.checkpoint.resume == "never" and folder.has_run():
+        raise UserError(f"run.out_dir: {folder.root} has a run and checkpoint.resume is never; choose another folder")
+    process.on_main(lambda: require_data(settings))
+    encoding, data = load_tokenizer(settings.data.tokenizer), open_tokens(settings.data)
+    network = build(settings.model, encoding.n_vocab, settings.run.derive_seed("weights"), process.device)
+    learner = build_learner(settings, process, data, encoding.n_vocab, network)
+    meter = Meter(settings, network.token_embedding.num_embeddings, process, learner.replica.precision)
+
+    start_step = 0
+    if saved := checkpoint.find_newest(folder.checkpoints):
+        progress = checkpoint.load(saved, settings, data.fingerprint, learner.replica, learner.optimizer)
+        start_step, meter.tokens, meter.supervised_tokens = progress.step, progress.tokens, progress.supervised_tokens
+    facts = {"settings": settings.to_yaml(), "code": code_hash(), "data": data.fingerprint, "step": str(start_step)}
+    process.agree({name: hashlib.sha256(fact.encode()).hexdigest() for name, fact in facts.items()})
+    process.on_main(lambda: folder.create(settings, process))
+    run = Run(
+        **vars(learner),
+        encoding=encoding,
+        data=data,
+        evaluator=Evaluator(settings, data.val, encoding.n_vocab, process),
+        meter=meter,
+        folder=folder,
+        record=Record(folder, start_step, settings.train.max_iters) if process.is_main else NullRecord(),
+        start_step=start_step,
+    )
+    run.record.say(_describe(run, network))
+    return run
+
+
+def build_learner(settings: Settings, process: Process, data: TokenData, n_vocab: int, network: nn.Module) -> Learner:
+    """Return what updates `network`, which takes tokens [B, T] and last_k and returns logits [B, last_k, V]."""
+    windows, batch_size = _windows(settings, data), settings.train.global_batch_size
+    return Learner(
+        settings=settings,
+        process=process,
+        windows=windows,
+        batches=Batches(data.train, windows, n_vocab, batch_size, process.rank, process.world_size, process.device),
+        replica=Replica(network, process, settings.runtime),
+        optimizer=build_optimizer(network, settings.optim),
+    )
+
+
+def require_data(settings: Settings) -> None:
+    """Prepare the data where it is not there yet."""
+    if not is_prepared(settings.data.dir):
+        prepare(settings.data)
+
+
+def _windows(settings: Settings, data: TokenData) -> Windows:
+    block_size = settings.model.block_size
+    if len(data.train) <= block_size:
+        raise UserError(
+            f"{settings.data.dir} has {len(data.train)} training tokens, fewer than one window of "
+            f"model.block_size={block_size} + 1; prepare more text, or lower model.block_size"
+        )
+    return Windows(
+        n_tokens=len(data.train),
+        block_size=block_size,
+        sampling=settings.data.sampling,
+        stride=settings.data.stride or block_size,
+        seed=settings.run.derive_seed("windows"),
+    )
+
+
+def _describe(run: Run, network: GPT) -> str:
+    """Say in three lines what is about to run."""
+    settings, process = run.settings, run.process
+    model, train = settings.model, settings.train
+    precision = str(run.replica.precision).removeprefix("torch.")
+    continued = f", continued from step {run.start_step}" if run.start_step else ""
+    return "\n".join(
+        [
+            f"network  {network.n_parameters() / 1e6:.1f} M parameters, {model.n_layer} layers, {model.n_head} heads, "
+            f"{model.n_embd} wide; on {process.world_size} × {process.device.type}, {precision}",
+            f"data     {settings.data.dir}: {len(run.data.train):,} tokens to train on, {len(run.data.val):,} held out",
+            f"loss     the last {settings.last_k} of {model.block_size} positions; {train.global_batch_size} sequences "
+            f"per update, {train.max_iters} updates{continued}",
+        ]
+    )

@@ -1,0 +1,163 @@
+"""Text to token ids and back."""
+
+import base64
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_train.data.tokenizer import END_OF_TEXT, decode, encode_document, end_of_text, fingerprint, load_tokenizer
+from dist_train.errors import UserError
+
+BYTES = load_tokenizer("bytes")
+
+
+def write_tiktoken(path: Path, encoding: tiktoken.Encoding) -> Path:
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks))
+    return path
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_bytes_are_a_texts_utf8_and_come_back(text: str) -> None:
+    document = encode_document(BYTES, text)
+    assert document.dtype == np.uint32
+    assert document.tolist() == [256, *text.encode()]
+    assert decode(BYTES, document[1:].tolist()) == text
+
+
+def test_bytes_have_256_ids_and_end_of_text() -> None:
+    assert BYTES.n_vocab == 257
+    assert end_of_text(BYTES) == 256
+    assert decode(BYTES, [104, 105, 256]) == "hi" + END_OF_TEXT
+
+
+# ---- gpt2 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_the_time_machine_has_as_many_gpt2_tokens_as_is_known(time_machine: str) -> None:
+    gpt2 = load_tokenizer("gpt2")
+    document = encode_document(gpt2, time_machine)
+    assert len(document) == 1 + 49_774
+    assert document[0] == end_of_text(gpt2) == 50256
+    assert gpt2.n_vocab == 50257
+    assert decode(gpt2, document[1:].tolist()) == time_machine
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_a_tiktoken_file_of_gpt2s_ranks_is_gpt2(tmp_path: Path, time_machine: str) -> None:
+    gpt2 = load_tokenizer("gpt2")
+    from_file = load_tokenizer(str(write_tiktoken(tmp_path / "mine.tiktoken", gpt2)))
+    assert from_file.n_vocab == 50257
+    assert fingerprint(from_file) == fingerprint(gpt2)
+    assert np.array_equal(encode_document(from_file, time_machine), encode_document(gpt2, time_machine))
+
+    @given(st.text())
+    def agree(text: str) -> None:
+        assert encode_document(from_file, text).tolist() == encode_document(gpt2, text).tolist()
+
+    agree()
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_tokenizers_are_told_apart_by_fingerprint(tmp_path: Path) -> None:
+    bytes_as_file = load_tokenizer(str(write_tiktoken(tmp_path / "bytes.tiktoken", BYTES)))
+    assert len({fingerprint(BYTES), fingerprint(load_tokenizer("gpt2"))}) == 2
+    assert fingerprint(bytes_as_file) == fingerprint(BYTES)
+
+
+# ---- texts that are not as usual -------------------------------------------------------------------------------------
+
+
+def test_end_of_text_spelled_in_a_document_is_plain_text() -> None:
+    document = encode_document(BYTES, f"a{END_OF_TEXT}b")
+    assert document.tolist().count(256) == 1
+    assert decode(BYTES, document[1:].tolist()) == f"a{END_OF_TEXT}b"
+
+
+def test_an_empty_document_is_end_of_text_alone() -> None:
+    assert encode_document(BYTES, "").tolist() == [256]
+
+
+def test_halves_of_surrogate_pairs_are_paired_or_replaced() -> None:
+    paired = encode_document(BYTES, "a\ud83d\ude42b")
+    assert decode(BYTES, paired[1:].tolist()) == "a🙂b"
+    assert decode(BYTES, encode_document(BYTES, "a\ud83db")[1:].tolist()) == "a�b"
+
+
+def test_ids_that_the_vocabulary_leaves_free_are_skipped() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    with_gap = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 300})
+    assert decode(with_gap, [104, 256, 299, 105, 301, 10**6]) == "hi"
+    assert decode(with_gap, [104, 0xC3, 105]) == "h�i"
+
+
+# ---- names that lead nowhere -----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'gtp2'.*bytes.*gpt2.*cl100k_base.*\.tiktoken"):
+        load_tokenizer("gtp2")
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_vocabulary_that_cannot_be_fetched_is_one_line_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("HTTPS_PROXY", "https_proxy"):  # so that nothing is reached, whatever network there is
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    if is_damaged:  # named as tiktoken names the file of cl100k_base, which no other test may have loaded
+        (tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").write_bytes(b"no vocabulary")
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR") as caught:
+        load_tokenizer("cl100k_base")
+    assert time.perf_counter() - started < 5
+    assert "\n" not in str(caught.value)
+
+
+def damage(lines: list[bytes], kind: str) -> list[bytes]:
+    changed = {
+        "a byte is missing": lines[:-1],
+        "a rank is missing": [*lines[:-1], lines[-1].replace(b"255", b"256")],
+        "no base64": [b"!!!! 0", *lines[1:]],
+        "no rank": [lines[0].split()[0], *lines[1:]],
+        "rank is no number": [lines[0].split()[0] + b" one", *lines[1:]],
+        "a token is there twice": [*lines, lines[0].replace(b" 0", b" 256")],
+        "empty": [],
+    }
+    return changed[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a byte is missing",
+        "a rank is missing",
+        "no base64",
+        "no rank",
+        "rank is no number",
+        "a token is there twice",
+        "empty",
+    ],
+)
+def test_a_damaged_tiktoken_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = write_tiktoken(tmp_path / "mine.tiktoken", BYTES)
+    path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines(), kind)))
+    with pytest.raises(UserError, match=r"mine\.tiktoken"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", ["missing.tiktoken", "folder.tiktoken"])
+def test_a_tiktoken_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.tiktoken").mkdir()
+    with pytest.raises(UserError, match=name):
+        load_tokenizer(str(tmp_path / name))

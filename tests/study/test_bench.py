@@ -1,0 +1,179 @@
+"""The benchmark: what it races computes the same loss, and what it writes down was measured."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train.config import ModelSettings, Settings
+from dist_train.config_file import load_settings
+from dist_train.data.manifest import open_tokens
+from dist_train.model.gpt import GPT, build
+from dist_train.runtime.process import start_process
+from dist_train.study.bench import bench
+from dist_train.study.dropout import attention_drop_rate
+from dist_train.study.memory import added_bytes, resident_bytes
+from dist_train.study.plain import VARIANTS, variant_flops
+from dist_train.training.assembly import build_learner
+from dist_train.training.loss import cross_entropy
+from dist_train.training.optimizer import build_optimizer
+from dist_train.training.trainer import update
+from tests.conftest import ROOT
+
+Tiny = Callable[..., Settings]
+
+CPU = torch.device("cpu")
+T, N_VOCAB = 12, 20
+MODEL = ModelSettings(n_layer=3, n_head=2, n_embd=16, block_size=T, vocab_multiple=32, dropout=0.0)
+
+
+def network(settings: ModelSettings = MODEL) -> GPT:
+    return build(settings, N_VOCAB, seed=1, device=CPU)
+
+
+def loss_and_gradients(name: str, last_k: int) -> tuple[Tensor, list[Tensor]]:
+    module = VARIANTS[name](network())
+    tokens = torch.randint(N_VOCAB, (3, T + 1), generator=torch.Generator().manual_seed(2))
+    loss = cross_entropy(module(tokens[:, :-1], last_k), tokens[:, 1:][:, T - last_k :])
+    loss.backward()
+    return loss.detach(), [p.grad for p in module.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("last_k", [1, 3, T])
+@pytest.mark.parametrize("name", ["plain", "head_sliced"])
+def test_the_variants_have_the_same_loss_and_gradients(name: str, last_k: int) -> None:
+    loss, gradients = loss_and_gradients("trainer", last_k)
+    other_loss, other_gradients = loss_and_gradients(name, last_k)
+    torch.testing.assert_close(other_loss, loss)
+    assert len(gradients) == len(list(network().parameters()))
+    torch.testing.assert_close(other_gradients, gradients)
+
+
+def test_the_variants_make_the_same_updates_by_the_trainers_own_step(tiny: Tiny) -> None:
+    settings = tiny({"model.dropout": 0.0, "loss.last_k": 3, "train.micro_batch_size": 4})
+    weights = []
+    with start_process(settings.runtime) as process:
+        for change in VARIANTS.values():
+            module = change(build(settings.model, 257, 1, process.device))
+            learner = build_learner(settings, process, open_tokens(settings.data), 257, module)
+            for step in range(3):
+                update(learner, step)
+            learner.batches.close()
+            weights.append([parameter.detach() for parameter in module.parameters()])
+    # Adam divides by the gradient's size: where that is rounding noise, so is the update.
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(weights[2], weights[0], atol=1e-4, rtol=1e-4)
+
+
+def test_flops_count_what_each_variant_computes() -> None:
+    def head(positions: int) -> int:
+        return 3 * 4 * 2 * 16 * 32 * positions  # the padded rows are multiplied like all others
+
+    counts = variant_flops(network(), sequences=4, last_k=1)
+    assert counts["trainer"] < counts["head_sliced"] < counts["plain"]
+    assert counts["plain"] - counts["head_sliced"] == head(T) - head(1)
+    assert len(set(variant_flops(network(), sequences=4, last_k=T).values())) == 1
+
+
+@pytest.mark.parametrize("last_k", [1, 5, 48])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_attention_drop_rate_is_counted(dropout: float, last_k: int) -> None:
+    torch.manual_seed(1)
+    settings = ModelSettings(n_head=4, n_embd=128, block_size=48, dropout=dropout)
+    assert attention_drop_rate(settings, last_k, CPU) == pytest.approx(dropout, abs=0.02 if dropout else 0)
+
+
+def test_an_attention_that_drops_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "dist_train.model.gpt.F.scaled_dot_product_attention",
+        lambda *tensors, dropout_p, **others: plain_attention(*tensors, **others),
+    )
+    assert attention_drop_rate(MODEL.model_copy(update={"dropout": 0.25}), T, CPU) == 0
+
+
+def test_memory_is_the_steps_own() -> None:
+    megabyte = 2**20
+
+    def step() -> None:
+        first = torch.zeros(megabyte, dtype=torch.uint8)
+        second = torch.zeros(2 * megabyte, dtype=torch.uint8)
+        del first, second
+        torch.zeros(megabyte, dtype=torch.uint8)
+
+    held = torch.zeros(64 * megabyte, dtype=torch.uint8)
+    assert added_bytes(step, CPU) == 3 * megabyte
+    del held
+
+
+def test_what_stays_between_steps_is_weights_and_two_moments(tiny: Tiny) -> None:
+    module = network()
+    optimizer = build_optimizer(module, tiny().optim)
+    weights = resident_bytes(module, optimizer)
+    assert weights == 4 * module.n_parameters()
+    module(torch.zeros(1, T, dtype=torch.int64), 1).sum().backward()
+    optimizer.step()
+    n_tensors = len(list(module.parameters()))
+    assert resident_bytes(module, optimizer) == 3 * weights + 4 * n_tensors  # and a count of steps each
+
+
+def test_bench_writes_what_the_interface_promises(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tiny({"model.dropout": 0.2, "model.vocab_multiple": 4096})
+    path = bench(settings, budget_seconds=0.1)
+    results = json.loads(path.read_text())
+    assert path == settings.run.out_dir / "bench.json"
+    assert results["config"]["model"]["n_layer"] == 2
+    assert (results["device"], results["torch"], results["precision"]) == ("cpu", torch.__version__, "float32")
+    assert list(results["variants"]) == ["trainer", "plain", "head_sliced"]
+    for variant in results["variants"].values():
+        assert len(variant["block_seconds"]) == 5
+        assert sorted(variant["block_seconds"])[2] == variant["step_seconds"] > 0
+        assert math.isclose(variant["tokens_per_second"], 8 * 16 / variant["step_seconds"])
+        assert math.isclose(variant["supervised_tokens_per_second"], 8 / variant["step_seconds"])
+        assert variant["mfu"] is None  # nobody knows a CPU's peak
+    seconds = {name: variant["step_seconds"] for name, variant in results["variants"].items()}
+    assert results["ratios"] == {
+        "plain_over_trainer": seconds["plain"] / seconds["trainer"],
+        "head_sliced_over_trainer": seconds["head_sliced"] / seconds["trainer"],
+    }
+    memory = {name: variant["peak_memory_bytes"] for name, variant in results["variants"].items()}
+    assert memory["trainer"] <= memory["head_sliced"] < memory["plain"]
+    assert results["attention_drop_rate"] == pytest.approx(0.2, abs=0.02)
+    assert 0 <= results["loader_wait_fraction"] <= 1
+    assert "plain" in capsys.readouterr().out
+
+
+RACE = """
+import sys
+from pathlib import Path
+from dist_train.config_file import load_settings
+from dist_train.study.bench import bench
+bench(load_settings(Path(sys.argv[1]), sys.argv[2:]), budget_seconds=0.1)
+"""
+
+
+def test_two_processes_race_together(tiny_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    # Each times its own rounds, but all have to make the same number of steps, or they would wait for ever.
+    script = tmp_path / "race.py"
+    script.write_text(RACE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*launcher, *tiny_arguments()], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "bench.json").read_text())["world_size"] == 2
+
+
+def test_the_ready_made_benchmark_is_model5_cut_short() -> None:
+    ours, recipe = (load_settings(ROOT / f"configs/{name}.yaml") for name in ("bench", "model5"))
+    expected = recipe.model.model_copy(update={"n_layer": 4, "vocab_multiple": 50257})
+    assert ours.model == expected
+    assert (ours.last_k, ours.optim) == (recipe.last_k, recipe.optim)
