@@ -129,6 +129,8 @@ def _describe(run: Run, network: GPT) -> str:
     model, train = settings.model, settings.train
     precision = str(run.replica.precision).removeprefix("torch.")
     continued = f", continued from step {run.start_step}" if run.start_step else ""
+    if run.start_step >= train.max_iters:
+        continued = ": finished before; raise --train.max_iters to go on, or choose another --run.out_dir"
     return "\n".join(
         [
             f"network  {network.n_parameters() / 1e6:.1f} M parameters, {model.n_layer} layers, {model.n_head} heads, "

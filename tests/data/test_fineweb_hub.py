@@ -18,8 +18,6 @@ import pytest
 from dist_train.config import DataSettings
 from dist_train.data.corpora import open_corpus
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = "datasets/HuggingFaceFW/fineweb"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = """---
