@@ -7,8 +7,8 @@ ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-# One process per GPU, or one where there is none. Asked for only by the targets that train.
-NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+# One process per GPU, or one where there is none. Asked for once, and only by a target that trains.
+NPROC  ?= $(eval NPROC := $(shell $(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))'))$(NPROC)
 # One process needs no launcher, and its errors then stay one line.
 TRAIN   = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)) -m dist_train train
 
