@@ -75,7 +75,7 @@ def _train(settings: Settings) -> None:
     from dist_train.study.plots import plot_loss
 
     picture = plot_loss(folder.root)
-    sample = max(folder.samples.glob("step-*.txt"), key=lambda path: int(path.stem.removeprefix("step-")))
+    sample = folder.last_sample()
     print(f"\n{sample.read_text(encoding='utf-8').rstrip()}\n")
     print(f"run folder   {folder.root}")
     print(f"loss plot    {picture}")

@@ -4,6 +4,7 @@
 set -euo pipefail
 : "${NNODES:?how many nodes take part}" "${HEAD:?address of the node where all meet}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun --nnodes="$NNODES" --nproc_per_node="${NPROC:-gpu}" \
+NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+exec torchrun --nnodes="$NNODES" --nproc_per_node="$NPROC" \
   --rdzv_backend=c10d --rdzv_endpoint="$HEAD:${PORT:-29500}" --rdzv_id="${JOB:-dist_train}" \
   -m dist_train train "$@"

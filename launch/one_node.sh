@@ -2,4 +2,5 @@
 # All GPUs of this machine, or NPROC processes.   [NPROC=8] launch/one_node.sh CONFIG [--section.key=value ...]
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun --standalone --nproc_per_node="${NPROC:-gpu}" -m dist_train train "$@"
+NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+exec torchrun --standalone --nproc_per_node="$NPROC" -m dist_train train "$@"

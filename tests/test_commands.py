@@ -80,7 +80,7 @@ def test_train_ends_by_naming_what_it_made(tiny_arguments: Callable[..., list[st
     assert "step     12/12  held-out loss: final token" in result.stdout
     again = run_command("train", *tiny_arguments())
     assert again.returncode == 0
-    assert "finished before; raise --train.max_iters" in again.stdout
+    assert "finished before; another --run.out_dir" in again.stdout
     longer = run_command("train", *tiny_arguments({"train.max_iters": 13}))
     assert longer.returncode == 0
     assert "continued from step 12" in longer.stdout

@@ -44,7 +44,7 @@ def test_make_train_starts_as_many_processes_as_asked(processes: str, starts: st
 
 def test_two_processes_of_the_quickstart_evaluate_like_one(tmp_path: Path) -> None:
     """The README's torchrun line, cut to 48 updates; dropout off, because each process draws its own."""
-    short = ["--train.max_iters=48", "--eval.interval=24", "--model.dropout=0", "--runtime.precision=fp32"]
+    short = ["--train.max_iters=48", "--eval.interval=24", "--model.dropout=0"]
     line = ["train", "configs/quickstart.yaml", *short, f"--data.dir={tmp_path}/shards", "--runtime.device=cpu"]
     two = run_torchrun(2, *line, f"--run.out_dir={tmp_path}/two")
     one = run_command(*line, f"--run.out_dir={tmp_path}/one")

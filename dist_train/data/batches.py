@@ -62,7 +62,9 @@ class Batches:
         tokens = future.result()
         self._next = (step + 1, self._thread.submit(self._read, step + 1))
         self.wait_seconds += time.perf_counter() - started
-        tokens = tokens.to(self._device, non_blocking=True)
+        # Only from pinned memory: an asynchronous copy from any other may read it when it is free already, silently
+        # (pytorch/pytorch#189690, on MPS).
+        tokens = tokens.to(self._device, non_blocking=tokens.is_pinned())
         return tokens[:, :-1], tokens[:, 1:]
 
     def close(self) -> None:

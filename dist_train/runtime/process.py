@@ -4,6 +4,7 @@ One process is the same program: without torchrun the world has size 1 and every
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from dist_train.errors import ProcessLostError, UserError
 
 T = TypeVar("T")
 
-# Longer than any evaluation or save. A process that dies meanwhile is noticed all the same: its connection closes.
+# Longer than any evaluation or save. A process that dies meanwhile is noticed all the same, as its connection closes;
+# a machine that loses power is not.
 _PATIENCE = timedelta(days=7)
 
 # Peak dense bf16 (fp16 where there is no bf16) matrix FLOP/s without sparsity, from NVIDIA's datasheets.
 _PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -94,7 +98,7 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
     Raises `UserError` if the device is not there, `ProcessLostError` if the others are not.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = _device(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = _device(settings.device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
     if settings.deterministic:
         # cuBLAS asks for this before its first call; see torch.use_deterministic_algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -111,15 +115,19 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
             device_id=device if device.type == "cuda" else None,
         )
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except ValueError as error:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, but not all that torchrun sets ({error}); use torchrun"
+        ) from None
     except dist.DistError as error:
         raise ProcessLostError(f"rank {rank} cannot reach the others: {error}; see that all were started") from error
-    try:
-        with naming_lost_peers(rank):
-            yield Process(rank, world_size, device, patient_group)
-            # All leave together: a process that closes its connections early looks lost to the others.
-            dist.barrier(group=patient_group)
-    finally:
-        dist.destroy_process_group()
+    with naming_lost_peers(rank):
+        yield Process(rank, world_size, device, patient_group)
+        # All leave together: a process that closes its connections early looks lost to the others.
+        dist.barrier(group=patient_group)
+    # Not after an error: NCCL makes this a collective, to which the others may never come. The process ends then, and
+    # its closed connections tell them.
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -137,11 +145,15 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
         ) from error
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def _device(wanted: str, local_rank: int, world_size: int) -> torch.device:
+    # Processes cannot add up gradients on MPS: neither NCCL nor gloo knows it.
+    has_mps = torch.backends.mps.is_available() and world_size == 1
+    available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
     kind = next(kind for kind, there in available.items() if there) if wanted == "auto" else wanted
     if not available[kind]:
-        raise UserError(f"runtime.device: there is no {kind} here; use --runtime.device=auto")
+        raise UserError(
+            f"runtime.device: there is no {kind} here for {world_size} process(es); use --runtime.device=auto"
+        )
     if kind != "cuda":
         return torch.device(kind)
     if local_rank >= torch.cuda.device_count():
@@ -156,8 +168,9 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     """Return the device's peak FLOP/s in 16-bit matrix products, or None where it is not known or not what runs."""
     if device.type != "cuda" or precision == torch.float32:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAK_FLOPS.items() if all(word in name for word in part.split())), None)
+    # Whole words: an L40 is no L4.
+    words = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
+    return next((flops for name, flops in _PEAK_FLOPS.items() if set(name.split()) <= words), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

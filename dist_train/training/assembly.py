@@ -61,6 +61,8 @@ def assemble(settings: Settings, process: Process) -> Run:
     folder = RunFolder(settings.run.out_dir)
     if settings.checkpoint.resume == "never" and folder.has_run():
         raise UserError(f"run.out_dir: {folder.root} has a run and checkpoint.resume is never; choose another folder")
+    # Before anything is built of them: DDP has its own, less readable answer to networks of different shapes.
+    process.agree({"settings": hashlib.sha256(settings.to_yaml().encode()).hexdigest(), "code": code_hash()})
     process.on_main(lambda: require_data(settings))
     encoding, data = load_tokenizer(settings.data.tokenizer), open_tokens(settings.data)
     network = build(settings.model, encoding.n_vocab, settings.run.derive_seed("weights"), process.device)
@@ -71,8 +73,7 @@ def assemble(settings: Settings, process: Process) -> Run:
     if saved := checkpoint.find_newest(folder.checkpoints):
         progress = checkpoint.load(saved, settings, data.fingerprint, learner.replica, learner.optimizer)
         start_step, meter.tokens, meter.supervised_tokens = progress.step, progress.tokens, progress.supervised_tokens
-    facts = {"settings": settings.to_yaml(), "code": code_hash(), "data": data.fingerprint, "step": str(start_step)}
-    process.agree({name: hashlib.sha256(fact.encode()).hexdigest() for name, fact in facts.items()})
+    process.agree({"data": data.fingerprint, "checkpoint": f"step {start_step}"})
     process.on_main(lambda: folder.create(settings, process))
     run = Run(
         **vars(learner),
@@ -130,7 +131,7 @@ def _describe(run: Run, network: GPT) -> str:
     precision = str(run.replica.precision).removeprefix("torch.")
     continued = f", continued from step {run.start_step}" if run.start_step else ""
     if run.start_step >= train.max_iters:
-        continued = ": finished before; raise --train.max_iters to go on, or choose another --run.out_dir"
+        continued = ": finished before; another --run.out_dir starts another"
     return "\n".join(
         [
             f"network  {network.n_parameters() / 1e6:.1f} M parameters, {model.n_layer} layers, {model.n_head} heads, "

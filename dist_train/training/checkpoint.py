@@ -64,7 +64,7 @@ def save(folder: Path, keep: int, replica: Replica, optimizer: torch.optim.Optim
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
         _sync(folder)
-        for old in _all(folder)[keep:]:
+        for old in _superseded(folder, progress.step, keep):
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot save {target}: {error}; free space there, the same command then goes on") from error
@@ -72,12 +72,20 @@ def save(folder: Path, keep: int, replica: Replica, optimizer: torch.optim.Optim
 
 
 def find_newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose every file has its manifest's hash; warn of newer ones that do not."""
-    for path in _all(folder):
+    """Return the newest checkpoint whose every file has its manifest's hash; warn of newer ones that do not.
+
+    None if there is no checkpoint. Raises `UserError` if there are, but all are damaged.
+    """
+    found = _all(folder)
+    for path in found:
         problem = _problem(path)
         if problem is None:
             return path
-        log.warning("checkpoint %s is damaged (%s); going back to the one before it", path, problem)
+        log.warning("checkpoint %s is damaged (%s); looking for the one before it", path, problem)
+    if found:
+        raise UserError(
+            f"all checkpoints in {folder} are damaged; restore one, or start another run with --run.out_dir"
+        )
     return None
 
 
@@ -88,9 +96,12 @@ def load(
 
     Raises `UserError` naming every setting that makes it another run, or if the data is not the same.
     """
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    scaler = state.pop("grad_scaler")
-    progress = Progress(**state)
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        scaler = state.pop("grad_scaler")
+        progress = Progress(**state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is of another version ({error}); start another run with --run.out_dir") from None
     differing = list(_differences(progress.settings, settings.model_dump(mode="json")))
     if differing:
         raise UserError(
@@ -112,7 +123,21 @@ def load(
 def _all(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, newest first; anything not called step-<digits> is not ours."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _superseded(folder: Path, step: int, keep: int) -> list[Path]:
+    """Return the checkpoints older than the newest `keep` up to `step`, and later ones, which the run has left behind.
+
+    Those were damaged, or it would have gone on from them: counted among the newest they would push out good ones.
+    """
+    found = _all(folder)
+    ahead = [path for path in found if _step(path) > step]
+    return ahead + found[len(ahead) + keep :]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _problem(path: Path) -> str | None:
@@ -125,11 +150,15 @@ def _problem(path: Path) -> str | None:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    old, new = (
+        {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+        for settings in (saved, wanted)
+    )
+    # A setting that one side does not know, from another version of the code, is a difference too.
     return [
-        f"{section}.{key} was {old!r}, is {wanted[section][key]!r}"
-        for section, keys in saved.items()
-        for key, old in keys.items()
-        if old != wanted[section][key] and not _MAY_CHANGE.fullmatch(f"{section}.{key}")
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in {**old, **new}
+        if (key not in old or key not in new or old[key] != new[key]) and not _MAY_CHANGE.fullmatch(key)
     ]
 
 

@@ -11,14 +11,15 @@ from torch.nn import functional as F
 from dist_train.errors import LossError, require_same_device
 
 
-def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Return the sum of −log P(target) over all B·S positions in nats, a float32 scalar.
+def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, int]:
+    """Return the sum of −log P(target) over all B·S positions in nats, a float32 scalar, and their count.
 
     Equals log-softmax followed by the negative log-likelihood; in float32 whatever the logits are, because
     half-precision sums over a vocabulary lose the loss's third digit.
     """
     require_same_device(logits=logits_BSV, targets=targets_BS)
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
+    loss_sum = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
+    return loss_sum, targets_BS.numel()
 
 
 def first_loss_warning(loss: float, n_vocab: int) -> str | None:

@@ -1,5 +1,6 @@
 """What updates measured: kept on the device until someone looks, so that no step waits for its numbers."""
 
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import Settings
+from dist_train.errors import LossError
 from dist_train.model.gpt import step_flops
 from dist_train.runtime.process import Process, peak_flops, peak_memory_bytes
 from dist_train.training.loss import require_possible
@@ -35,6 +37,7 @@ class Meter:
         peak = peak_flops(process.device, precision)
         self._peak_flops = peak * process.world_size if peak else None
         self._last_k, self._process = settings.last_k, process
+        self._scales_gradients = precision == torch.float16
         self._pending: list[tuple[int, Update]] = []
         self._started = time.perf_counter()
 
@@ -45,7 +48,8 @@ class Meter:
     def flush(self) -> list[dict[str, Any]]:
         """Return the `train` lines of the updates since the last flush, the same on all processes, and start anew.
 
-        Waits for the device. Their seconds are the mean over these updates. Raises `LossError` for an impossible loss.
+        Waits for the device. Their seconds are the mean over these updates. Raises `LossError` for an impossible
+        loss or gradient.
         """
         if not self._pending:
             return []
@@ -60,6 +64,9 @@ class Meter:
         for step, loss_sum, count, norm, rate in zip(steps, *sums, norms, rates, strict=True):
             loss = loss_sum / count
             require_possible(loss, step)
+            is_skipped = not math.isfinite(norm)
+            if is_skipped and not self._scales_gradients:
+                raise LossError(f"the gradient of step {step} is {norm}; lower optim.learning_rate or clip earlier")
             self.tokens += self._tokens_per_step
             self.supervised_tokens += round(count)
             lines.append(
@@ -67,7 +74,9 @@ class Meter:
                     "step": step,
                     "loss": loss,
                     "lr": rate,
-                    "grad_norm": norm,
+                    # float16's scaler leaves an update out whose gradient overflowed, and tries a smaller scale.
+                    "grad_norm": None if is_skipped else norm,
+                    "skipped": is_skipped,
                     "last_k": self._last_k,
                     "tokens": self.tokens,
                     "supervised_tokens": self.supervised_tokens,

@@ -55,6 +55,15 @@ class RunFolder:
         values = {"status": status, "exit_status": exit_status, "last_step": last_step, "time": _now()}
         write_atomically(self.status, json.dumps(values) + "\n")
 
+    def last_sample(self) -> Path:
+        """Return the file of the sample that the run ended with."""
+        step = json.loads(self.status.read_text(encoding="utf-8"))["last_step"]
+        return self.sample(step)
+
+    def sample(self, step: int) -> Path:
+        """Return the file of the sample taken after `step` updates."""
+        return self.samples / f"step-{step:06d}.txt"
+
     def keep_metrics_until(self, step: int) -> None:
         """Drop lines of `metrics.jsonl` behind `step`: a resumed run makes those steps again."""
         if not self.metrics.exists():

@@ -1,7 +1,10 @@
 """The record of a run: JSON lines, TensorBoard, console, status. The first process writes it; elsewhere it is null."""
 
+import contextlib
+import functools
 import json
 import logging
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from dist_train.errors import StorageError
 from dist_train.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -52,15 +56,31 @@ class NullRecord:
         """Write generated text."""
 
 
+def _naming_full_disk(write: Callable[..., None]) -> Callable[..., None]:
+    """Have a method of `Record` end in `StorageError` that names the folder, where the disk does not take more."""
+
+    @functools.wraps(write)
+    def named(record: "Record", *arguments: Any) -> None:
+        try:
+            write(record, *arguments)
+        except OSError as error:
+            where = record.folder.root
+            raise StorageError(
+                f"cannot write {where}: {error.strerror}; free space, the same command goes on"
+            ) from error
+
+    return named
+
+
 class Record(NullRecord):
     """Writes everything there is to see into the run folder, and the most of it to the console."""
 
     def __init__(self, folder: RunFolder, start_step: int, max_iters: int) -> None:
-        self._folder, self._step, self._max_iters = folder, start_step, max_iters
+        self.folder, self._step, self._max_iters = folder, start_step, max_iters
         folder.keep_metrics_until(start_step if start_step else -1)
         self._metrics = folder.metrics.open("a", encoding="utf-8")
         # Steps behind a resumed one would otherwise show twice.
-        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1 if start_step else None)
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1 if start_step else 0)
         self._console = Console()
         self._bar = Progress(
             TextColumn("training"),
@@ -76,19 +96,24 @@ class Record(NullRecord):
         self._task = self._bar.add_task("", total=max_iters, completed=start_step, numbers="")
 
     def __enter__(self) -> "Record":
-        self._folder.write_status("running", self._step)
+        self.folder.write_status("running", self._step)
         self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
-        self._metrics.close()
-        self._tensorboard.close()
+        with contextlib.ExitStack() as last:
+            # Whatever cannot be closed, on a full disk say, how the run ended is written all the same.
+            last.callback(self._write_end, error)
+            last.callback(self._tensorboard.close)
+            last.callback(self._metrics.close)
+
+    def _write_end(self, error: BaseException | None) -> None:
         if error is None:
-            self._folder.write_status("done", self._step, 0)
+            self.folder.write_status("done", self._step, 0)
         else:
             otherwise = 130 if isinstance(error, KeyboardInterrupt) else 1
-            self._folder.write_status("failed", self._step, getattr(error, "exit_status", otherwise))
+            self.folder.write_status("failed", self._step, getattr(error, "exit_status", otherwise))
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -99,6 +124,7 @@ class Record(NullRecord):
     def doing(self, what: str) -> None:
         self._bar.update(self._task, numbers=what)
 
+    @_naming_full_disk
     def train(self, lines: list[dict[str, Any]]) -> None:
         if not lines:
             return
@@ -112,6 +138,7 @@ class Record(NullRecord):
         numbers = f"loss {mean:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, numbers=numbers)
 
+    @_naming_full_disk
     def evaluation(self, step: int, result: dict[str, float]) -> None:
         self._write({"kind": "eval", "step": step, "split": "val", **result})
         self._metrics.flush()
@@ -122,12 +149,13 @@ class Record(NullRecord):
             f"all tokens {result['all_token_loss']:.4f}  ({result['seconds']:.1f} s)"
         )
 
+    @_naming_full_disk
     def sample(self, step: int, text: str) -> None:
-        (self._folder.samples / f"step-{step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+        self.folder.sample(step).write_text(text + "\n", encoding="utf-8")
         self._tensorboard.add_text("sample", f"```\n{text}\n```", step)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         for name, value in scalars.items():

@@ -1,5 +1,7 @@
 """The loop: sample, forward, loss, backward, update, evaluate, record."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from dist_train.model.gpt import GPT
 from dist_train.runtime.process import naming_lost_peers, start_process
 from dist_train.training import checkpoint
 from dist_train.training.assembly import Learner, Run, assemble
-from dist_train.training.loss import cross_entropy, first_loss_warning
+from dist_train.training.loss import cross_entropy, first_loss_warning, require_possible
 from dist_train.training.meter import Update
 from dist_train.training.optimizer import learning_rate, set_learning_rate
 from dist_train.training.run_folder import RunFolder
@@ -23,15 +25,15 @@ def train(settings: Settings) -> RunFolder:
     """
     with start_process(settings.runtime) as process:
         run = assemble(settings, process)
-        with run.record, naming_lost_peers(process.rank):
+        with run.record, contextlib.closing(run.batches), naming_lost_peers(process.rank):
             _loop(run)
-        run.batches.close()
     return run.folder
 
 
 def _loop(run: Run) -> None:
     settings, max_iters = run.settings, run.settings.train.max_iters
     run.replica.network.train()
+    run.meter.restart_clock()
     if run.start_step == 0:
         _evaluate(run, step=0)
     for step in range(run.start_step, max_iters):
@@ -64,15 +66,16 @@ def _accumulate_gradients(run: Learner, step: int) -> tuple[Tensor, int]:
     inputs_BT, targets_BT = run.batches.at(step)
     # Dropout follows from (seed, step, rank): a resumed run drops what the uninterrupted one did.
     run.process.seed_dropout(run.settings.run.derive_seed("dropout", step, run.process.rank))
-    total = torch.zeros((), device=run.process.device)
+    total_sum, total_supervised = torch.zeros((), device=run.process.device), 0
     micro_batches = list(zip(inputs_BT.split(run.micro_batch), targets_BT.split(run.micro_batch), strict=True))
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
         with run.replica.accumulating(is_last=number == len(micro_batches)):
             logits_BSV = run.replica.forward(inputs, last_k)
-            loss_sum = cross_entropy(logits_BSV, targets[:, -last_k:])
+            loss_sum, supervised = cross_entropy(logits_BSV, targets[:, -last_k:])
             run.replica.backward(loss_sum, count=train.global_batch_size * last_k)
-        total += loss_sum.detach()
-    return total, inputs_BT.size(0) * last_k
+        total_sum += loss_sum.detach()
+        total_supervised += supervised
+    return total_sum, total_supervised
 
 
 def _evaluate(run: Run, step: int) -> None:
@@ -80,6 +83,7 @@ def _evaluate(run: Run, step: int) -> None:
     run.record.train(run.meter.flush())
     run.record.doing("evaluating")
     result = run.evaluator.evaluate(run.replica)
+    require_possible(result.loss, step)
     samples = step * run.settings.train.global_batch_size
     coverage = run.windows.target_coverage(samples, run.settings.last_k)
     run.record.evaluation(step, {**vars(result), "target_coverage": coverage})
@@ -101,11 +105,13 @@ def _save(run: Run, step: int) -> None:
         settings=settings.model_dump(mode="json"),
     )
 
-    def save_and_sample() -> None:
+    def sample_and_save() -> None:
+        # In this order: a network that has diverged cannot be sampled from, and must not become the newest checkpoint.
+        text = _sample(run, step)
         checkpoint.save(run.folder.checkpoints, settings.checkpoint.keep, run.replica, run.optimizer, progress)
-        run.record.sample(step, _sample(run, step))
+        run.record.sample(step, text)
 
-    run.process.on_main(save_and_sample)
+    run.process.on_main(sample_and_save)
     run.meter.restart_clock()
 
 

@@ -1,11 +1,15 @@
 """How a batch is divided, and what one process and its copies of a network promise."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed
 
-from dist_train.config import RuntimeSettings, TrainSettings
+from dist_train.config import ModelSettings, RuntimeSettings, TrainSettings
 from dist_train.errors import UserError
-from dist_train.runtime.parallel import choose_precision, micro_batch_size
+from dist_train.model.gpt import build
+from dist_train.runtime.parallel import Replica, choose_precision, micro_batch_size
 from dist_train.runtime.process import Process, start_process
 
 
@@ -48,9 +52,44 @@ def test_dropout_is_seeded_by_the_process() -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
+def test_an_update_clips_measures_before_clipping_and_clears() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    replica = Replica(layer, Process(0, 1, torch.device("cpu")), RuntimeSettings(device="cpu", precision="fp32"))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert replica.update(optimizer, grad_clip=0.5).item() == pytest.approx(5.0)
+    torch.testing.assert_close(before - layer.weight.detach(), torch.tensor([[0.3, 0.4]]), rtol=1e-4, atol=1e-6)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_forward_runs_in_the_precision_asked_for(precision: str, dtype: torch.dtype) -> None:
+    settings = RuntimeSettings.model_validate({"device": "cpu", "precision": precision})
+    model = ModelSettings(n_layer=1, n_head=1, n_embd=8, block_size=4)
+    network = build(model, 11, seed=0, device=torch.device("cpu"))
+    replica = Replica(network, Process(0, 1, torch.device("cpu")), settings)
+    assert replica.forward(torch.zeros(1, 4, dtype=torch.int64), 1).dtype == dtype
+
+
+def test_only_the_last_micro_batch_reduces_gradients(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        # As of two processes, so that it is wrapped; the group of one reduces with itself.
+        replica = Replica(torch.nn.Linear(2, 1), Process(0, 2, torch.device("cpu")), RuntimeSettings(device="cpu"))
+        reduces = []
+        for is_last in (False, True):
+            with replica.accumulating(is_last):
+                reduces.append(getattr(replica._module, "require_backward_grad_sync"))  # noqa: B009 - a module has none
+        assert reduces == [False, True]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match="there is no cuda here"), start_process(RuntimeSettings(device="cuda")):
+    with pytest.raises(UserError, match="no cuda here"), start_process(RuntimeSettings(device="cuda")):
         pass
 
 

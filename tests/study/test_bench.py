@@ -41,7 +41,7 @@ def network(settings: ModelSettings = MODEL) -> GPT:
 def loss_and_gradients(name: str, last_k: int) -> tuple[Tensor, list[Tensor]]:
     module = VARIANTS[name](network())
     tokens = torch.randint(N_VOCAB, (3, T + 1), generator=torch.Generator().manual_seed(2))
-    loss = cross_entropy(module(tokens[:, :-1], last_k), tokens[:, 1:][:, T - last_k :])
+    loss, _ = cross_entropy(module(tokens[:, :-1], last_k), tokens[:, 1:][:, T - last_k :])
     loss.backward()
     return loss.detach(), [p.grad for p in module.parameters() if p.grad is not None]
 

@@ -13,20 +13,24 @@ from dist_train.training.loss import cross_entropy, first_loss_warning, require_
 def test_it_equals_log_softmax_followed_by_negative_log_likelihood() -> None:
     logits, targets = torch.randn(3, 4, 11), torch.randint(11, (3, 4))
     expected = F.nll_loss(F.log_softmax(logits, dim=-1).flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(cross_entropy(logits, targets), expected)
+    loss_sum, count = cross_entropy(logits, targets)
+    torch.testing.assert_close(loss_sum, expected)
+    assert count == 12
 
 
 def test_half_precision_logits_are_summed_in_float32() -> None:
     logits, targets = torch.randn(8, 1, 50257).bfloat16(), torch.randint(50257, (8, 1))
-    loss = cross_entropy(logits, targets)
+    loss, _ = cross_entropy(logits, targets)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, cross_entropy(logits.float(), targets))
+    torch.testing.assert_close(loss, cross_entropy(logits.float(), targets)[0])
 
 
 def test_micro_batches_add_up_to_the_whole() -> None:
     logits, targets = torch.randn(6, 2, 7), torch.randint(7, (6, 2))
     parts = [cross_entropy(l, t) for l, t in zip(logits.split(2), targets.split(2), strict=True)]
-    torch.testing.assert_close(sum(parts), cross_entropy(logits, targets))
+    whole, count = cross_entropy(logits, targets)
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    assert sum(part for _, part in parts) == count
 
 
 def test_leaving_the_log_softmax_out_is_caught() -> None:

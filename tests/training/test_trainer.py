@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from safetensors.torch import load_file
 
 from dist_train.config import Settings
 from dist_train.errors import LossError, UserError
+from dist_train.model.gpt import build
+from dist_train.runtime.parallel import Replica
+from dist_train.runtime.process import Process
 from dist_train.training import trainer
 from dist_train.training.trainer import train
 from tests.conftest import losses, metrics, run_command, run_torchrun
@@ -70,6 +74,7 @@ def test_a_run_killed_between_checkpoints_goes_on_as_if_never_stopped(
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert [e["step"] for e in metrics(tmp_path / "cut", "eval")] == [0, 4, 8, 12]
+    assert (tmp_path / "cut/samples/step-000012.txt").exists()
 
 
 def test_evaluation_and_logging_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
@@ -184,13 +189,66 @@ def test_a_network_whose_first_loss_is_far_off_says_so(tiny: Tiny, capsys: pytes
     assert "where an untrained network should have about ln 257" in capsys.readouterr().out
 
 
-def test_a_loss_that_explodes_stops_with_status_3_and_keeps_the_last_good_checkpoint(
-    tiny: Tiny, tmp_path: Path
+@pytest.mark.parametrize("interval", [1, 100])
+def test_a_run_that_diverges_stops_with_status_3_and_saves_nothing_broken(
+    interval: int, tiny: Tiny, tmp_path: Path
 ) -> None:
+    exploding = {"optim.learning_rate": 1e30, "optim.grad_clip": "null", "eval.interval": 100}
     with pytest.raises(LossError, match=r"lower optim\.learning_rate"):
-        train(tiny({"optim.learning_rate": 1e30, "optim.grad_clip": "null", "optim.warmup_iters": 0}))
+        train(tiny({**exploding, "checkpoint.interval": interval}))
     status = json.loads((tmp_path / "run/run_status.json").read_text())
     assert (status["status"], status["exit_status"]) == ("failed", 3)
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Replica.update
+    monkeypatch.setattr(Replica, "update", lambda *arguments: real(*arguments) * math.nan)
+    with pytest.raises(LossError, match="the gradient of step 1 is nan"):
+        train(tiny())
+
+
+def test_float16_skips_what_overflows_marks_it_and_resumes_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
+    """A logit scale of 200 makes the first scaled gradients overflow, until the scaler has halved its factor enough."""
+    half = {"runtime.precision": "fp16", "model.logit_scale": 200.0, "checkpoint.interval": 6}
+    train(tiny({**half, "run.out_dir": tmp_path / "whole"}))
+    train(tiny({**half, "run.out_dir": tmp_path / "cut", "train.max_iters": 6}))
+    train(tiny({**half, "run.out_dir": tmp_path / "cut"}))
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    lines = metrics(tmp_path / "whole", "train")
+    assert lines[0]["skipped"]
+    assert lines[0]["grad_norm"] is None
+    assert not lines[-1]["skipped"]
+
+
+def test_float16_measures_the_gradient_that_float32_has(tiny: Tiny, tmp_path: Path) -> None:
+    norms = []
+    for precision in ("fp16", "fp32"):
+        train(tiny({"runtime.precision": precision, "run.out_dir": tmp_path / precision, "model.dropout": 0.0}))
+        norms.append([line["grad_norm"] for line in metrics(tmp_path / precision, "train")])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_the_schedule_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
+    """Adam's first update moves every weight by the learning rate: a thousandth of it at the start of the warm-up."""
+    changes = {"train.max_iters": 1, "optim.weight_decay": 0.0, "optim.warmup_iters": 1000}
+    settings = tiny({**changes, "run.out_dir": tmp_path / "warm"})
+    train(settings)
+    start = build(settings.model, 257, settings.run.derive_seed("weights"), torch.device("cpu")).state_dict()
+    name = "blocks.0.mlp.expand.weight"
+    moved = (weights(tmp_path / "warm", step=1)[name] - start[name]).abs().max().item()
+    assert moved == pytest.approx(1e-6, rel=0.05)
+
+
+def test_every_step_and_process_drops_by_a_seed_of_its_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(Process, "seed_dropout", lambda process, seed: used.append(seed))
+    settings = tiny()
+    train(settings)
+    assert used == [settings.run.derive_seed("dropout", step, 0) for step in range(12)]
 
 
 def test_another_run_in_the_same_folder_is_refused_by_naming_what_differs(tiny: Tiny) -> None:
@@ -201,13 +259,15 @@ def test_another_run_in_the_same_folder_is_refused_by_naming_what_differs(tiny: 
         train(tiny({"checkpoint.resume": "never"}))
 
 
-def test_other_data_under_the_same_settings_is_refused(tiny: Tiny, data_dir: Path, tmp_path: Path) -> None:
-    train(tiny())
-    shards = tmp_path / "other"
+def test_other_data_of_the_same_size_is_refused(tiny: Tiny, data_dir: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "foreign"
     shards.mkdir()
     for path in data_dir.glob("*.bin"):
-        content = bytearray(path.read_bytes())
-        (shards / path.name).write_bytes(content)
+        (shards / path.name).write_bytes(path.read_bytes())
+    train(tiny({"data.dir": shards}))
+    content = bytearray((shards / "train_000000.bin").read_bytes())
+    content[2000] ^= 1
+    (shards / "train_000000.bin").write_bytes(content)
     with pytest.raises(UserError, match="other data"):
         train(tiny({"data.dir": shards, "train.max_iters": 20}))
 
@@ -239,10 +299,11 @@ def start_two(arguments_of_rank: list[list[str]]) -> list[subprocess.Popen[str]]
     ]
 
 
+@pytest.mark.parametrize(("key", "values"), [("optim.learning_rate", (1e-3, 2e-3)), ("model.n_embd", (32, 64))])
 def test_processes_with_different_settings_are_told_which_before_step_1(
-    tiny_arguments: Arguments, tmp_path: Path
+    key: str, values: tuple[float, float], tiny_arguments: Arguments, tmp_path: Path
 ) -> None:
-    started = start_two([tiny_arguments({"optim.learning_rate": rate}) for rate in (1e-3, 2e-3)])
+    started = start_two([tiny_arguments({key: value}) for value in values])
     for rank, process in enumerate(started):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2, errors
@@ -265,3 +326,22 @@ def test_a_process_whose_peer_is_killed_says_so_with_status_5(tiny_arguments: Ar
     assert "Traceback" not in errors
     status = json.loads((tmp_path / "run/run_status.json").read_text())
     assert (status["status"], status["exit_status"]) == ("failed", 5)
+
+
+def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout(
+    tiny_arguments: Arguments, tmp_path: Path
+) -> None:
+    rare = {"eval.interval": 10**6, "checkpoint.interval": 10**6, "train.max_iters": 10**6}
+    arguments = tiny_arguments({**rare, "runtime.timeout_seconds": 3})
+    first, second = start_two([arguments, arguments])
+    while not (tmp_path / "run/metrics.jsonl").exists() or not metrics(tmp_path / "run", "train"):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second.send_signal(signal.SIGSTOP)
+    try:
+        _, errors = first.communicate(timeout=60)
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 5, errors
+    assert "runtime.timeout_seconds" in errors
