@@ -32,7 +32,7 @@ train: install  ## train, on all GPUs or one CPU (CONFIG=… NPROC=… ARGS=…)
 	$(TRAIN) $(CONFIG) $(ARGS)
 
 test: install  ## the test suite
-	$(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
 
 test-slow: install  ## the tests that take minutes: Model 5 at its full size
 	$(BIN)/pytest -m slow $(ARGS)
