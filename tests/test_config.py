@@ -105,6 +105,22 @@ def test_overrides_win_in_their_order_and_keep_text_as_text(tmp_path: Path) -> N
     assert settings.run.out_dir == Path("2026")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        ([], "data/python-docs-gpt2"),
+        (["--data.source=fineweb", "--data.max_documents=1000"], "data/fineweb-1000-gpt2"),
+        (["--data.source=files", "--data.path=../books/*.txt", "--data.tokenizer=bytes"], "data/files-bytes"),
+        (["--data.source=files", "--data.path=~/My book.txt"], "data/files-My_book-gpt2"),
+        (["--data.dir=mine"], "mine"),
+    ],
+)
+def test_the_folder_of_prepared_data_is_named_after_what_decides_its_tokens(
+    tmp_path: Path, overrides: list[str], folder: str
+) -> None:
+    assert load(tmp_path, "", *overrides).data.dir == Path(folder)
+
+
 def test_resolved_settings_read_back_as_they_were(tmp_path: Path, tiny: Callable[..., Settings]) -> None:
     settings = tiny({"sample.prompt": "no: 3e-4 'x' # y", "optim.eps": "1e-7", "optim.grad_clip": "null"})
     assert load(tmp_path, settings.to_yaml()) == settings

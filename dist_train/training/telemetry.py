@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -14,8 +13,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dist_train.errors import StorageError
 from dist_train.training.run_folder import RunFolder
-
-log = logging.getLogger(__name__)
 
 # TensorBoard's name of each number in a train line.
 _TRAIN_SCALARS = {
