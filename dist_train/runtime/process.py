@@ -121,12 +121,16 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         ) from None
     except dist.DistError as error:
         raise ProcessLostError(f"rank {rank} cannot reach the others: {error}; see that all were started") from error
-    with naming_lost_peers(rank):
-        yield Process(rank, world_size, device, patient_group)
-        # All leave together: a process that closes its connections early looks lost to the others.
-        dist.barrier(group=patient_group)
-    # Not after an error: NCCL makes this a collective, to which the others may never come. The process ends then, and
-    # its closed connections tell them.
+    try:
+        with naming_lost_peers(rank):
+            yield Process(rank, world_size, device, patient_group)
+            # All leave together: a process that closes its connections early looks lost to the others.
+            dist.barrier(group=patient_group)
+    except BaseException:
+        # gloo's threads have to end before the interpreter does, or it aborts. NCCL's group is left to the process's
+        # end: destroying it is a collective, to which the others may never come.
+        dist.destroy_process_group(patient_group if device.type == "cuda" else None)
+        raise
     dist.destroy_process_group()
 
 
