@@ -42,7 +42,7 @@ def _loop(run: Run) -> None:
         run.record.advance(finished)
 
         is_last = finished == max_iters
-        if is_last or finished % settings.log.interval == 0:
+        if finished % settings.log.interval == 0:
             run.record.train(run.meter.flush())
         if is_last or finished % settings.eval.interval == 0:
             _evaluate(run, finished)
