@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     try:
-        options.run(loaded)
+        options.run(loaded, **{flag: getattr(options, flag) for flag in options.flags})
     except DistTrainError as error:
         print(f"error: {error}" + ("" if is_alone else f" (rank {rank})"), file=sys.stderr)
         return error.exit_status
@@ -53,16 +53,21 @@ def main(arguments: list[str] | None = None) -> int:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _prepare(settings: Settings) -> None:
+def _prepare(settings: Settings, dry_run: bool) -> None:
     """documents to token shards and a manifest"""
+    from rich.console import Console
+
+    from dist_train.data.description import describe_once, description_table
+    from dist_train.data.plan import plan
     from dist_train.data.prepare import prepare
 
+    if dry_run:
+        for verb, what in plan(settings.data).items():
+            print(f"would {verb:<8}{what}")
+        return
     manifest, is_new = prepare(settings.data)
-    print(f"{settings.data.dir} " + ("is prepared:" if is_new else "was prepared already:"))
-    for name, split in (("train", manifest.train), ("val", manifest.val)):
-        print(
-            f"  {name:<5}  {split.tokens:>13,} tokens  {split.documents:>9,} documents  {len(split.shards):>4} shards"
-        )
+    print(f"{settings.data.dir} " + ("is prepared" if is_new else "was prepared already"))
+    Console().print(description_table(describe_once(settings.data.dir, manifest)))
 
 
 def _train(settings: Settings) -> None:
@@ -109,14 +114,16 @@ def _load_grid(path: Path, overrides: Sequence[str]) -> "Grid":
 
 
 class _Command(NamedTuple):
-    run: Callable[[Any], None]
+    run: Callable[..., None]
     load: Callable[[Path, Sequence[str]], Any] = load_settings
     """Reads CONFIG and the overrides into what `run` takes."""
     config_help: str = "a YAML file of settings, as in configs/"
+    flags: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    """Switches that `run` takes by name, and what they do."""
 
 
 _COMMANDS = {
-    "prepare": _Command(_prepare),
+    "prepare": _Command(_prepare, flags={"dry_run": "say what would be read and written, and write nothing"}),
     "train": _Command(_train),
     "compare": _Command(
         _compare,
@@ -148,17 +155,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
+        switches = "".join(f"[--{flag.replace('_', '-')}] " for flag in command.flags)
         added = commands.add_parser(
             name,
             help=command.run.__doc__,
             description=f"{name}: {command.run.__doc__}.",
             epilog=_settings_help(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage=f"dist-train {name} CONFIG [--section.key=value ...]",
+            usage=f"dist-train {name} CONFIG {switches}[--section.key=value ...]",
             allow_abbrev=False,
         )
         added.add_argument("config", type=Path, metavar="CONFIG", help=command.config_help)
-        added.set_defaults(run=command.run, load=command.load)
+        for flag, meaning in command.flags.items():
+            added.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=meaning)
+        added.set_defaults(run=command.run, load=command.load, flags=command.flags)
     return parser
 
 

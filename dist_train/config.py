@@ -47,17 +47,28 @@ class RunSettings(Section):
 
 
 class DataSettings(Section):
-    source: Literal["python-docs", "python-web", "files", "fineweb"] = "python-docs"
+    source: Literal["python-docs", "python-web", "files", "fineweb", "fineweb-edu", "shards"] = "python-docs"
     """Where documents come from: `python-docs` (Python's language reference: one style, a "book"), `python-web`
-    (READMEs and docstrings of what is installed: many styles, a "web"), `files` (`data.path`), `fineweb` (the hub)."""
+    (READMEs and docstrings of what is installed: many styles, a "web"), `files` (`data.path`), `fineweb` and
+    `fineweb-edu` (the Hugging Face hub), `shards` (ready-made ones at `data.path`: no tokenization)."""
     path: str | None = None
-    """For `files`: a file, folder or glob of `.txt`, `.jsonl` or `.parquet`."""
+    """For `files`: a file, folder or glob of `.txt`, `.jsonl` (also `.gz`, `.zst`) or `.parquet`. For `shards`: a
+    folder, or a dataset repository on the hub such as `hub:kjj0/fineweb10B-gpt2`."""
     text_column: str = "text"
     """For `.jsonl`, `.parquet` and the hub: the column that holds the text."""
     subset: str = "sample-10BT"
-    """For `fineweb`: the subset's name on the hub."""
+    """For `fineweb` and `fineweb-edu`: `sample-10BT`, `sample-100BT`, `sample-350BT` or a crawl, `CC-MAIN-…`."""
+    revision: str | None = None
+    """For the hub: the commit, tag or branch to read. null: the newest; the manifest says which commit that was."""
     max_documents: PositiveInt | None = None
     """Read only this many documents, the first ones of the source."""
+    max_tokens: PositiveInt | None = None
+    """Read only this many tokens, the first ones of the source; of ready-made shards, as many as hold them."""
+    on_bad_document: Literal["skip", "stop"] = "skip"
+    """What to do with a document that cannot be read (a broken line, no text, not UTF-8): count and name it and go
+    on, or stop there."""
+    workers: PositiveInt | None = None
+    """Processes that read and tokenize; the shards are the same for any number. null: one for each CPU."""
     dir: Path
     """Folder of the token shards and their `manifest.json`; prepared if missing. Folders of shards that llm.c,
     modded-nanogpt or nanoGPT wrote (`*train*.bin`, `*val*.bin`) load as they are. By default `data/` and the names
@@ -217,8 +228,12 @@ class Settings(Section):
                 f"loss.last_k={self.loss.last_k} is more than model.block_size={self.model.block_size}; "
                 f"use `all` for every position"
             )
-        if (self.data.source == "files") != (self.data.path is not None):
-            mistakes.append("data.path and data.source: files go together; set both or neither")
+        if (self.data.source in ("files", "shards")) != (self.data.path is not None):
+            mistakes.append("data.path goes with data.source: files or shards; set both or neither")
+        if self.data.source == "shards" and self.data.max_documents is not None:
+            mistakes.append("data.max_documents does not bound data.source: shards; use data.max_tokens")
+        if self.data.source == "shards" and self.data.shard_format != "llm.c":
+            mistakes.append("data.source: shards takes llm.c's format; point data.dir at headerless shards themselves")
         if self.optim.lr_schedule == "cosine" and self.optim.warmup_iters >= self.train.max_iters:
             mistakes.append(
                 f"optim.warmup_iters={self.optim.warmup_iters} leaves nothing of "

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dist_train"
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "storage"}
 ALLOWED = {
     "errors": set(),
+    "storage": set(),
     "config": {"errors"},
     "config_file": BASE,
     "data": BASE | {"data"},

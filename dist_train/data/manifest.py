@@ -8,8 +8,9 @@ from typing import Any
 
 from dist_train.config import DataSettings
 from dist_train.data.shards import Shard, TokenStream, map_shard
-from dist_train.data.tokenizer import fingerprint, load_tokenizer
+from dist_train.data.tokenizer import end_of_text, fingerprint, load_tokenizer
 from dist_train.errors import UserError
+from dist_train.storage import write_atomically
 
 FILE = "manifest.json"
 
@@ -32,9 +33,14 @@ class Manifest:
     train: Split
     val: Split
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """All files of both splits."""
+        return (*self.train.shards, *self.val.shards)
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`; last, because its presence says that the data is complete."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_atomically(folder / FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def read(folder: Path) -> "Manifest | None":
@@ -59,26 +65,43 @@ class Manifest:
 
 def source_identity(settings: DataSettings) -> dict[str, Any]:
     """Return the settings that decide which tokens come out of `prepare`, as they stand in the manifest."""
-    keys = ("source", "path", "text_column", "subset", "max_documents", "val_fraction", "shard_tokens")
-    return settings.model_dump(mode="json", include=set(keys))
+    keys = ("source", "path", "text_column", "subset", "max_documents", "max_tokens", "val_fraction", "shard_tokens")
+    # `revision` is what was read, also where nothing was asked for.
+    return {**settings.model_dump(mode="json", include=set(keys)), "asked_revision": settings.revision}
+
+
+def tokenizer_identity(name: str) -> dict[str, Any]:
+    """Return what tells a tokenizer from others, as it stands in the manifest."""
+    encoding = load_tokenizer(name)
+    return {
+        "name": name,
+        "n_vocab": encoding.n_vocab,
+        "end_of_text": end_of_text(encoding),
+        "fingerprint": fingerprint(encoding),
+    }
+
+
+def first_difference(source: dict[str, Any], tokenizer: dict[str, Any], settings: DataSettings) -> str | None:
+    """Say in which setting data differs from what is asked for, given the manifest's `source` and `tokenizer`."""
+    wanted = {**source_identity(settings), "tokenizer": settings.tokenizer}
+    if settings.revision in (None, source.get("revision")):  # any will do, or it is the very commit
+        del wanted["asked_revision"]
+    found = {**source, "tokenizer": tokenizer.get("name")}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            return f"{key}={found.get(key)!r}, not {value!r}"
+    # tiktoken holds its own vocabularies to their hashes; only a file can change under its name.
+    is_file = settings.tokenizer.endswith(".tiktoken")
+    if is_file and fingerprint(load_tokenizer(settings.tokenizer)) != tokenizer.get("fingerprint"):
+        return f"another content of tokenizer={settings.tokenizer!r}"
+    return None
 
 
 def require_match(manifest: Manifest, settings: DataSettings) -> None:
     """Raise `UserError` naming the first setting in which prepared data differs from what is asked for."""
-    wanted = {**source_identity(settings), "tokenizer": settings.tokenizer}
-    found = {**manifest.source, "tokenizer": manifest.tokenizer.get("name")}
-    differences = [
-        f"{key}={found.get(key)!r}, not {value!r}" for key, value in wanted.items() if found.get(key) != value
-    ]
-    # tiktoken holds its own vocabularies to their hashes; only a file can change under its name.
-    if not differences and settings.tokenizer.endswith(".tiktoken"):
-        now = fingerprint(load_tokenizer(settings.tokenizer))
-        if now != manifest.tokenizer.get("fingerprint"):
-            differences = [f"another content of tokenizer={settings.tokenizer!r}"]
-    if differences:
+    if difference := first_difference(manifest.source, manifest.tokenizer, settings):
         raise UserError(
-            f"data.dir: {settings.dir} was prepared with {differences[0]}; "
-            f"choose another --data.dir or delete that folder"
+            f"data.dir: {settings.dir} was prepared with {difference}; choose another --data.dir or delete that folder"
         )
 
 
@@ -105,7 +128,7 @@ def open_tokens(settings: DataSettings) -> TokenData:
     if manifest:
         require_match(manifest, settings)
         names = {"train": [s.file for s in manifest.train.shards], "val": [s.file for s in manifest.val.shards]}
-        identity: object = [asdict(shard) for shard in (*manifest.train.shards, *manifest.val.shards)]
+        identity: object = [asdict(shard) for shard in manifest.shards]
     else:
         names = {split: sorted(path.name for path in settings.dir.glob(f"*{split}*.bin")) for split in ("train", "val")}
         identity = [_glimpse(settings.dir / name) for split in names.values() for name in split]

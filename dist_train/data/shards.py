@@ -37,14 +37,26 @@ class Shard:
 
 
 class ShardWriter:
-    """Append tokens to `<split>_000000.bin`, `<split>_000001.bin`, … of `shard_tokens` each; a context manager."""
+    """Append tokens to `<split>_000000.bin`, `<split>_000001.bin`, … of `shard_tokens` each; a context manager.
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
+    Goes on from `shards`, which are finished, and the first `open_tokens` of one more; what is on disk beyond is lost.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        shards: Sequence[Shard] = (),
+        open_tokens: int = 0,
+    ) -> None:
         self.folder, self.split, self.dtype = folder, split, dtype
         self.shard_tokens = min(shard_tokens, _MOST_TOKENS)
-        self.shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._count = 0
+        self.shards = list(shards)
+        self.open_tokens = open_tokens
+        """Tokens in the shard that is not finished."""
+        self._file = self._reopen() if open_tokens else None
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -55,32 +67,54 @@ class ShardWriter:
         elif self._file:
             self._file.close()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(shard.tokens for shard in self.shards) + self.open_tokens
+
     def append(self, tokens: np.ndarray) -> None:
         """Write `tokens` [n] of any unsigned type, going on in a new shard wherever one is full."""
         while len(tokens):
             if self._file is None:
-                self._file = (self.folder / f"{self.split}_{len(self.shards):06d}.bin").open("w+b")
+                self._file = self._path.open("w+b")
                 self._file.write(bytes(HEADER_BYTES))
-            part, tokens = np.split(tokens, [self.shard_tokens - self._count])
-            self._file.write(part.astype(self.dtype).tobytes())
-            self._count += len(part)
-            if self._count == self.shard_tokens:
+            part, tokens = np.split(tokens, [self.shard_tokens - self.open_tokens])
+            self._file.write(part.astype(self.dtype, copy=False).data)
+            self.open_tokens += len(part)
+            if self.open_tokens == self.shard_tokens:
                 self._finish()
+
+    def sync(self) -> None:
+        """Bring what was appended onto the disk."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}_{len(self.shards):06d}.bin"
+
+    def _reopen(self) -> BinaryIO:
+        size = HEADER_BYTES + self.open_tokens * self.dtype.itemsize
+        if not self._path.exists() or self._path.stat().st_size < size:
+            raise UserError(f"{self._path} holds less than was written to it; delete {self.folder} and prepare again")
+        file = self._path.open("r+b")
+        file.truncate(size)
+        file.seek(0, os.SEEK_END)
+        return file
 
     def _finish(self) -> None:
         """Complete the open shard: its count is known only now, and its hash covers the header."""
         if self._file is None:
             return
         header = np.zeros(256, dtype="<i4")
-        header[:3] = *_MAGIC[self.dtype.itemsize], self._count
+        header[:3] = *_MAGIC[self.dtype.itemsize], self.open_tokens
         self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write(header.data)
+        self.sync()
         self._file.close()
-        path = Path(self._file.name)
-        self.shards.append(Shard(path.name, self._count, file_sha256(path)))
-        self._file, self._count = None, 0
+        self.shards.append(Shard(self._path.name, self.open_tokens, file_sha256(self._path)))
+        self._file, self.open_tokens = None, 0
 
 
 def file_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ import base64
 import binascii
 import contextlib
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,8 +70,10 @@ def _from_file(path: Path) -> tiktoken.Encoding:
     )
 
 
-def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+def encode_document(encoding: tiktoken.Encoding, text: str, continues: bool = False) -> np.ndarray:
     """Return `<|endoftext|>` and the tokens of `text`, uint32 [n]; a special token spelled there is plain text.
+
+    Without `<|endoftext|>` where the text goes on with a document.
 
     Raises `ValueError` for a text that the splitting pattern cannot take, such as a million spaces in a row.
     """
@@ -80,7 +83,24 @@ def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
         # Half of a surrogate pair, which JSON can spell: as tiktoken's own `encode` does, pair it or put � there.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
-    return np.concatenate([np.array([end_of_text(encoding)], dtype=np.uint32), tokens])
+    return tokens if continues else np.concatenate([np.array([end_of_text(encoding)], dtype=np.uint32), tokens])
+
+
+# Between a word and the space before the next, or after a line's end, whichever characters the words are made of:
+# no pattern that tiktoken has joins what is left and right of that, and none looks past it.
+_CUT = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=[^\s/])")
+
+
+def last_cut(text: str) -> int:
+    """Return the last place at which `text` can be cut so that the parts' tokens are the tokens of the whole.
+
+    Its end where there is no such place: then the tokens around the cut may differ.
+    """
+    for start in (max(0, len(text) - 10_000), 0):
+        places = [match.start() for match in _CUT.finditer(text, start)]
+        if places:
+            return places[-1]
+    return len(text)
 
 
 def end_of_text(encoding: tiktoken.Encoding) -> int:

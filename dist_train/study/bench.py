@@ -23,11 +23,11 @@ from dist_train.data.tokenizer import load_tokenizer
 from dist_train.errors import StorageError
 from dist_train.model.gpt import build
 from dist_train.runtime.process import Process, peak_flops, start_process, synchronize
+from dist_train.storage import write_atomically
 from dist_train.study.dropout import attention_drop_rate
 from dist_train.study.memory import added_bytes, resident_bytes
 from dist_train.study.plain import VARIANTS, variant_flops
 from dist_train.training.assembly import Learner, build_learner, require_data
-from dist_train.training.run_folder import write_atomically
 from dist_train.training.trainer import update
 
 # Blocks of the variants alternate, A B C A B C …, so that a machine which slows down meanwhile slows all of them.

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.errors import StorageError
+from dist_train.storage import write_atomically
 from dist_train.study.grid import Grid, short_keys
 from dist_train.study.measures import Row, claims, measure
 from dist_train.study.plots import plot_comparison, plot_loss
-from dist_train.training.run_folder import write_atomically
 
 # A measure's heading and how its number is written.
 _MEASURES = {

@@ -18,6 +18,7 @@ from dist_train.config import Settings
 from dist_train.data.shards import file_sha256
 from dist_train.errors import StorageError, UserError
 from dist_train.runtime.parallel import Replica
+from dist_train.storage import sync
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +61,10 @@ def save(folder: Path, keep: int, replica: Replica, optimizer: torch.optim.Optim
         hashes = {path.name: file_sha256(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
         for path in (*aside.iterdir(), aside):
-            _sync(path)
+            sync(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
-        _sync(folder)
+        sync(folder)
         for old in _superseded(folder, progress.step, keep):
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
@@ -181,12 +182,3 @@ def _restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, ten
         for index, parameter in enumerate(ordered)
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sync(path: Path) -> None:
-    """Have the disk itself hold a file or a folder's entries before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

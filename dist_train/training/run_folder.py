@@ -18,6 +18,7 @@ import dist_train
 from dist_train.config import Settings
 from dist_train.errors import StorageError
 from dist_train.runtime.process import Process
+from dist_train.storage import write_atomically
 
 
 class RunFolder:
@@ -76,17 +77,6 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 continue  # a kill tore the last line
         write_atomically(self.metrics, "".join(kept))
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader or a crash sees the old content or the new, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def code_hash() -> str:

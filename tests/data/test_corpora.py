@@ -1,15 +1,19 @@
 """Documents from each source, in a fixed order; and what is said when a source is not as it should be."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dist_train.config import DataSettings
-from dist_train.data.corpora import Document, open_corpus
+from dist_train.data import documents
+from dist_train.data.corpora import open_corpus
+from dist_train.data.documents import Document, Piece, Unreadable
 from dist_train.errors import UserError
 
 MakeSettings = Callable[..., DataSettings]
@@ -23,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "b.txt").write_bytes("B\r\nüber".encode())
     (folder / "deeper" / "b.txt").write_text("B again")
     write_lines(folder / "a.jsonl", [{"text": "A0"}, {"text": "A1\n", "n": 1}])
-    pq.write_table(pa.table({"text": ["C0", None, "C2"], "n": [1, 2, 3]}), folder / "c.parquet")
+    pq.write_table(pa.table({"text": ["C0", "C1", "C2"], "n": [1, 2, 3]}), folder / "c.parquet")
     (folder / "notes.md").write_text("not read")
     return folder
 
@@ -32,8 +36,15 @@ def write_lines(path: Path, records: list[object]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def read_all(settings: DataSettings) -> list[Document | Unreadable]:
+    return list(open_corpus(settings).read())
+
+
 def read(settings: DataSettings) -> list[Document]:
-    return list(open_corpus(settings).documents)
+    """The documents, where all of them can be read."""
+    documents = read_all(settings)
+    assert all(isinstance(document, Document) for document in documents)
+    return [document for document in documents if isinstance(document, Document)]
 
 
 # ---- embedded --------------------------------------------------------------------------------------------------------
@@ -41,7 +52,8 @@ def read(settings: DataSettings) -> list[Document]:
 
 def test_python_docs_are_one_text_the_same_each_time(data_settings: MakeSettings) -> None:
     corpus = open_corpus(data_settings(source="python-docs"))
-    (document,) = corpus.documents
+    (document,) = corpus.read()
+    assert isinstance(document, Document)
     assert corpus.is_single_text
     assert corpus.revision
     assert len(document.text) > 100_000
@@ -51,10 +63,10 @@ def test_python_docs_are_one_text_the_same_each_time(data_settings: MakeSettings
 
 
 def test_python_web_has_many_documents_in_a_fixed_order(data_settings: MakeSettings) -> None:
-    settings = data_settings(source="python-web", max_documents=150)
+    settings = data_settings(source="python-web")
     documents = read(settings)
     assert not open_corpus(settings).is_single_text
-    assert len({document.id for document in documents}) == len(documents) == 150
+    assert len({document.id for document in documents}) == len(documents) > 150
     assert {document.id.split(":")[0] for document in documents} == {"readme", "docstrings"}
     assert documents == read(settings)
 
@@ -68,7 +80,8 @@ def test_a_folder_is_read_in_the_order_of_its_names(folder: Path, data_settings:
         Document("a.jsonl:1", "A1\n"),
         Document("b.txt:0", "B\nüber"),
         Document("c.parquet:0", "C0"),
-        Document("c.parquet:2", "C2"),  # a row without text is no document, and moves no other's name
+        Document("c.parquet:1", "C1"),
+        Document("c.parquet:2", "C2"),
         Document("deeper/b.txt:0", "B again"),
     ]
     assert not open_corpus(data_settings(path=folder)).is_single_text
@@ -78,10 +91,10 @@ def test_a_folder_is_read_in_the_order_of_its_names(folder: Path, data_settings:
     ("pattern", "texts"),
     [
         ("a.jsonl", ["A0", "A1\n"]),
-        ("c.parquet", ["C0", "C2"]),
+        ("c.parquet", ["C0", "C1", "C2"]),
         ("*.txt", ["B\nüber"]),
         ("**/*.txt", ["B\nüber", "B again"]),
-        ("[ac].*", ["A0", "A1\n", "C0", "C2"]),
+        ("[ac].*", ["A0", "A1\n", "C0", "C1", "C2"]),
         ("deeper", ["B again"]),
     ],
 )
@@ -112,12 +125,6 @@ def test_one_text_file_is_a_single_text(folder: Path, data_settings: MakeSetting
     assert not open_corpus(data_settings(path=folder / "a.jsonl")).is_single_text
 
 
-def test_max_documents_are_the_first_ones(folder: Path, data_settings: MakeSettings) -> None:
-    everything = read(data_settings(path=folder))
-    for count in (1, 3, 100):
-        assert read(data_settings(path=folder, max_documents=count)) == everything[:count]
-
-
 def test_the_text_may_be_in_another_column(tmp_path: Path, data_settings: MakeSettings) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": 1, "body": "A"}])
     pq.write_table(pa.table({"body": pa.array(["B"], pa.large_string())}), tmp_path / "b.parquet")
@@ -126,9 +133,92 @@ def test_the_text_may_be_in_another_column(tmp_path: Path, data_settings: MakeSe
     assert [document.text for document in read(settings)] == ["A", "B", "C"]
 
 
-def test_rows_without_text_and_blank_lines_are_no_documents(tmp_path: Path, data_settings: MakeSettings) -> None:
+def test_an_id_that_the_source_has_names_the_document(tmp_path: Path, data_settings: MakeSettings) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "A", "id": "<urn:a>"}, {"text": "B", "id": 7}])
+    pq.write_table(pa.table({"id": ["<urn:c>", None], "text": ["C", "D"]}), tmp_path / "b.parquet")
+    assert [document.id for document in read(data_settings(path=tmp_path))] == [
+        "<urn:a>",
+        "a.jsonl:1",
+        "<urn:c>",
+        "b.parquet:1",
+    ]
+
+
+def test_blank_lines_are_no_documents_and_rows_without_text_are_unreadable(
+    tmp_path: Path, data_settings: MakeSettings
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "A"}\r\n\r\n{"text": null}\n{"text": ""}\n\n')
-    assert read(data_settings(path=tmp_path)) == [Document("a.jsonl:0", "A"), Document("a.jsonl:3", "")]
+    pq.write_table(pa.table({"text": ["B", None, "C"]}), tmp_path / "b.parquet")
+    assert read_all(data_settings(path=tmp_path)) == [
+        Document("a.jsonl:0", "A"),
+        Unreadable("a.jsonl, line 3", "has no text in column 'text' (it has: text)"),
+        Document("a.jsonl:3", ""),
+        Document("b.parquet:0", "B"),
+        Unreadable("b.parquet, row 1", "has no text"),  # and moves no other's name
+        Document("b.parquet:2", "C"),
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "compression"), [(".gz", "gzip"), (".zst", "zstd")])
+def test_compressed_lines_are_read_as_plain_ones(
+    tmp_path: Path, data_settings: MakeSettings, suffix: str, compression: str
+) -> None:
+    for name in ("plain", "compressed"):
+        (tmp_path / name).mkdir()
+    write_lines(tmp_path / "plain" / "a.jsonl", [{"text": f"{number} ü" * 50} for number in range(500)])
+    lines = (tmp_path / "plain" / "a.jsonl").read_bytes()
+    path = tmp_path / "compressed" / f"a.jsonl{suffix}"
+    # Two streams, as `cat` and parallel compressors leave them.
+    streams = [pa.compress(part, compression, asbytes=True) for part in (lines[:10_000], lines[10_000:])]
+    path.write_bytes(b"".join(streams))
+    plain, compressed = (read(data_settings(path=tmp_path / name)) for name in ("plain", "compressed"))
+    assert [document.text for document in compressed] == [document.text for document in plain]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl.*Truncated"):
+        read(data_settings(path=path))
+
+
+@given(cut=st.integers(50, 400))
+def test_pieces_of_any_size_hold_the_same_documents(corpus_of_all_kinds: Path, cut: int) -> None:
+    settings = DataSettings(source="files", path=str(corpus_of_all_kinds), dir=Path("unused"))
+    whole = read(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_BYTES", cut)
+        parts = read(settings)
+    assert sum(piece.size for piece in open_corpus(settings).pieces) == pytest.approx(open_corpus(settings).size)
+    assert [part.id for part in parts if not part.continues] == [document.id for document in whole]
+    texts: list[str] = []
+    for part in parts:
+        if part.continues:
+            texts[-1] += part.text
+        else:
+            texts.append(part.text)
+    assert texts == [document.text for document in whole]
+
+
+@pytest.fixture(scope="module")
+def corpus_of_all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of each kind, all larger than the pieces they will be cut into; parquet in row groups of 40."""
+    folder = tmp_path_factory.mktemp("kinds")
+    texts = [f"{number}: " + "All work and no play\nmakes Jack a dull boy. " * (number % 4) for number in range(100)]
+    write_lines(folder / "a.jsonl", [{"text": text} for text in texts])
+    pq.write_table(pa.table({"text": texts}), folder / "b.parquet", row_group_size=40)
+    (folder / "c.txt").write_text("".join(texts))
+    (folder / "d.txt").write_text("")
+    return folder
+
+
+def test_pieces_in_any_order_hold_their_own_rows(corpus_of_all_kinds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 200)
+    pieces = list(open_files_at(corpus_of_all_kinds / "b.parquet"))
+    in_order = [list(piece.read()) for piece in pieces]
+    assert len(pieces) > 10
+    assert [list(piece.read()) for piece in reversed(pieces)] == in_order[::-1]
+    assert [list(piece.read()) for piece in pieces[1::3]] == in_order[1::3]
+
+
+def open_files_at(path: Path) -> Iterable[Piece]:
+    return open_corpus(DataSettings(source="files", path=str(path), dir=Path("unused"))).pieces
 
 
 def test_real_fineweb_rows_are_read(shared_data: Path, data_settings: MakeSettings) -> None:
@@ -145,30 +235,47 @@ def test_real_fineweb_rows_are_read(shared_data: Path, data_settings: MakeSettin
 
 def test_nothing_found_is_answered_with_what_is_looked_for(tmp_path: Path, data_settings: MakeSettings) -> None:
     for path in (tmp_path / "missing", tmp_path / "*.csv", tmp_path):
-        with pytest.raises(UserError, match=r"\.txt, \.jsonl or \.parquet"):
+        with pytest.raises(UserError, match=r"\.txt, \.jsonl \(\.gz, \.zst\) or \.parquet"):
             open_corpus(data_settings(path=path))
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "cut off', "not JSON"),
+        (b'{"text": "cut off', "is not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"body": "x", "url": "y"}', r"'text'.*body, url.*data\.text_column"),
-        (b'{"text": 7}', r"'text'.*data\.text_column"),
-        (b'["text"]', r"'text'.*list"),
+        (b'{"body": "x", "url": "y"}', "no text in column 'text' (it has: body, url)"),
+        (b'{"text": 7}', "no text in column 'text'"),
+        (b'["text"]', "no JSON object"),
+        (b"[" * 100_000, "not JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, data_settings: MakeSettings, line: bytes, reason: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 3 .*{reason}"):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good again"}')
+    good, bad, again = read_all(data_settings(path=tmp_path))
+    assert (good, again) == (Document("a.jsonl:0", "good"), Document("a.jsonl:3", "good again"))
+    assert isinstance(bad, Unreadable)
+    assert bad.where == "a.jsonl, line 3"
+    assert reason in bad.reason
+
+
+def test_a_column_that_the_first_line_does_not_have_is_a_mistake(tmp_path: Path, data_settings: MakeSettings) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"body": "x", "url": "y"}] * 3)
+    with pytest.raises(UserError, match=r"a\.jsonl has no column 'text' \(it has: body, url\); set data\.text_column"):
         read(data_settings(path=tmp_path))
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path: Path, data_settings: MakeSettings) -> None:
-    (tmp_path / "latin.txt").write_bytes("über".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8 at byte 0"):
-        read(data_settings(path=tmp_path))
+@pytest.mark.parametrize("piece_bytes", [1_000_000, 1000])
+def test_text_that_is_not_utf8_is_no_document_at_all(
+    tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+    (tmp_path / "latin.txt").write_bytes(b"words " * 2000 + "über".encode("latin-1"))
+    (tmp_path / "words.txt").write_text("words")
+    unreadable, document = read_all(data_settings(path=tmp_path))
+    assert isinstance(unreadable, Unreadable)
+    assert str(unreadable).startswith("latin.txt is not UTF-8")
+    assert document == Document("words.txt:0", "words")
 
 
 def test_a_missing_column_is_answered_with_those_there_are(folder: Path, data_settings: MakeSettings) -> None:
@@ -177,7 +284,7 @@ def test_a_missing_column_is_answered_with_those_there_are(folder: Path, data_se
 
 
 def test_a_column_of_numbers_is_not_text(folder: Path, data_settings: MakeSettings) -> None:
-    with pytest.raises(UserError, match=r"c\.parquet: column 'n' holds int, not text"):
+    with pytest.raises(UserError, match=r"c\.parquet: column 'n' holds int64, not text"):
         read(data_settings(path=folder / "c.parquet", text_column="n"))
 
 
@@ -187,7 +294,7 @@ def test_a_column_of_numbers_is_not_text(folder: Path, data_settings: MakeSettin
 def test_a_damaged_parquet_file_is_one_line(folder: Path, data_settings: MakeSettings, kept: slice) -> None:
     path = folder / "c.parquet"
     path.write_bytes(path.read_bytes()[kept])
-    with pytest.raises(UserError, match=r"c\.parquet as parquet") as caught:
+    with pytest.raises(UserError, match=r"cannot read .*c\.parquet") as caught:
         read(data_settings(path=path))
     assert "\n" not in str(caught.value)
 
@@ -197,4 +304,4 @@ def test_a_file_that_goes_away_is_a_mistake_of_the_source(folder: Path, data_set
         corpus = open_corpus(data_settings(path=folder / name))
         (folder / name).unlink()
         with pytest.raises(UserError, match=name):
-            list(corpus.documents)
+            list(corpus.read())

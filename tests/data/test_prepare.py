@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -14,11 +16,16 @@ import numpy as np
 import pytest
 
 from dist_train.config import DataSettings
+from dist_train.data import documents, from_documents
 from dist_train.data.corpora import open_corpus
+from dist_train.data.documents import Document
+from dist_train.data.encode import Encoded
+from dist_train.data.journal import Journal
 from dist_train.data.manifest import is_prepared, open_tokens
-from dist_train.data.prepare import prepare
+from dist_train.data.plan import plan
+from dist_train.data.prepare import partial_folder, prepare
 from dist_train.data.tokenizer import decode, encode_document, load_tokenizer
-from dist_train.errors import StorageError, UserError
+from dist_train.errors import ProcessLostError, StorageError, UserError
 
 MakeSettings = Callable[..., DataSettings]
 BYTES = load_tokenizer("bytes")
@@ -42,6 +49,10 @@ def tokens_on_disk(settings: DataSettings, split: str) -> list[int]:
     return np.concatenate([np.fromfile(file, dtype="<u2", offset=1024) for file in files]).tolist()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def documents_on_disk(settings: DataSettings, split: str) -> list[str]:
     """The texts of a split in order, for tokens that are bytes."""
     texts = decode(BYTES, tokens_on_disk(settings, split)).split("<|endoftext|>")
@@ -57,7 +68,7 @@ def test_tokens_are_end_of_text_and_encoding_of_each_document_in_order(
 ) -> None:
     settings = data_settings(path=corpus, shard_tokens=500)
     prepare(settings)
-    texts = [document.text for document in open_corpus(settings).documents]
+    texts = [document.text for document in open_corpus(settings).read() if isinstance(document, Document)]
     train, val = (documents_on_disk(settings, split) for split in ("train", "val"))
     assert sorted(train + val) == sorted(texts)
     for split, part in (("train", train), ("val", val)):
@@ -70,7 +81,7 @@ def test_the_manifest_counts_and_hashes_what_is_there(corpus: Path, data_setting
     settings = data_settings(path=corpus, shard_tokens=500, val_fraction=0.2)
     manifest = prepare(settings).manifest
     read = json.loads((settings.dir / "manifest.json").read_text())
-    assert {file.name for file in settings.dir.iterdir()} == {"manifest.json"} | {
+    assert {file.name for file in settings.dir.iterdir()} == {"manifest.json", "corpus.json"} | {
         shard["file"] for split in ("train", "val") for shard in read[split]["shards"]
     }
     for split in ("train", "val"):
@@ -148,6 +159,172 @@ def test_python_docs_are_prepared_with_the_version_they_are_of(data_settings: Ma
     assert manifest.val.tokens == pytest.approx(manifest.train.tokens / 9, rel=1e-3)
 
 
+def test_a_single_text_of_many_pieces_has_the_tokens_of_the_whole(
+    shared_data: Path, gpt2_vocabulary: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = shared_data / "book" / "time_machine_gutenberg35.txt"
+    whole, parts = (data_settings(path=book, tokenizer="gpt2", dir=gpt2_vocabulary / name) for name in ("a", "b"))
+    prepare(whole)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10_000)
+    prepare(parts)
+    assert contents(parts.dir) == contents(whole.dir)
+
+
+# ---- bounds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece_bytes", [1_000_000, 300])
+@pytest.mark.parametrize("bound", [{"max_documents": 57}, {"max_tokens": 1000}, {"max_documents": 9999}])
+def test_a_bound_keeps_the_first_of_the_source(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, piece_bytes: int, bound: dict[str, int]
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+    everything = data_settings(path=corpus, dir=corpus.parent / "everything")
+    bounded = data_settings(path=corpus, **bound)
+    prepare(everything)
+    manifest = prepare(bounded).manifest
+    for split in ("train", "val"):
+        first, all_ = tokens_on_disk(bounded, split), tokens_on_disk(everything, split)
+        assert first == all_[: len(first)]
+    n_documents, n_tokens = (
+        sum(getattr(part, name) for part in (manifest.train, manifest.val)) for name in ("documents", "tokens")
+    )
+    if "max_tokens" in bound:
+        assert n_tokens == 1000
+    else:
+        assert n_documents == min(200, bound["max_documents"])
+
+
+def test_the_last_tenth_of_a_bounded_single_text_is_held_out(tmp_path: Path, data_settings: MakeSettings) -> None:
+    (tmp_path / "book.txt").write_text("".join(chr(97 + number % 26) for number in range(5000)))
+    settings = data_settings(path=tmp_path / "book.txt", max_tokens=1000)
+    manifest = prepare(settings).manifest
+    assert (manifest.train.tokens, manifest.val.tokens) == (900, 1 + 100)
+    assert tokens_on_disk(settings, "train")[-1] == 97 + 898 % 26
+    assert tokens_on_disk(settings, "val")[1] == 97 + 899 % 26
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_any_number_of_workers_writes_the_same_bytes(
+    shared_data: Path, data_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 500_000)
+    parquet = shared_data / "fineweb" / "sample" / "10BT" / "000_00000.parquet"
+    written = []
+    for workers in (1, 2, 3):
+        settings = data_settings(
+            path=parquet, dir=tmp_path / str(workers), tokenizer="gpt2", shard_tokens=300_000, workers=workers
+        )
+        prepare(settings)
+        written.append(contents(settings.dir))
+    assert len(written[0]) > 8
+    assert written[1] == written[0]
+    assert written[2] == written[0]
+
+
+def test_a_worker_that_is_killed_is_named_and_the_rest_kept(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 300)
+    monkeypatch.setattr(from_documents, "COMMIT_SECONDS", 0.0)
+    settings = data_settings(path=corpus, workers=2)
+    add = Journal.add
+
+    def add_and_kill(journal: Journal, part: Encoded) -> None:
+        add(journal, part)
+        if journal.pieces == 3:
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_kill)
+        with pytest.raises(ProcessLostError, match="worker of prepare was killed"):
+            prepare(settings)
+    assert not settings.dir.exists()
+    unfinished = Journal.read(partial_folder(settings))
+    assert unfinished
+    assert unfinished.pieces >= 3
+    prepare(settings)
+    uninterrupted = data_settings(path=corpus, dir=settings.dir.parent / "uninterrupted")
+    prepare(uninterrupted)
+    assert contents(settings.dir) == contents(uninterrupted.dir)
+
+
+# ---- interrupted -----------------------------------------------------------------------------------------------------
+
+
+def begin(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be interrupted after a few pieces have been written for good."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 300)
+    add = Journal.add
+
+    def add_and_stop(journal: Journal, part: Encoded) -> None:
+        add(journal, part)
+        if journal.pieces == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(from_documents, "COMMIT_SECONDS", 0.0)
+        patch.setattr(Journal, "add", add_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings)
+    assert not settings.dir.exists()
+
+
+def test_unfinished_work_of_other_settings_is_refused_and_kept(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+    begin(settings, monkeypatch)
+    before = contents(partial_folder(settings))
+    with pytest.raises(UserError, match=r"unfinished work in .*\.partial was begun with max_documents=None, not 7"):
+        prepare(data_settings(path=corpus, max_documents=7))
+    assert contents(partial_folder(settings)) == before
+
+
+def test_unfinished_work_on_a_source_that_has_changed_is_refused(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+    begin(settings, monkeypatch)
+    with corpus.open("a") as file:
+        file.write('{"text": "one more"}')
+    with pytest.raises(UserError, match="has changed since the work in"):
+        prepare(settings)
+
+
+def test_shards_that_hold_less_than_the_journal_says_are_refused(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+    begin(settings, monkeypatch)
+    shard = partial_folder(settings) / "train_000000.bin"
+    os.truncate(shard, 1500)
+    with pytest.raises(UserError, match=r"train_000000\.bin holds less than was written to it; delete"):
+        prepare(settings)
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+    lines = plan(settings)
+    assert {path.name for path in corpus.parent.iterdir()} == {corpus.name}
+    manifest = prepare(settings).manifest
+    n_tokens = manifest.train.tokens + manifest.val.tokens
+    assert f"{n_tokens:,} tokens of 200 documents" in lines["write"]
+    assert "about" not in lines["write"]
+    assert plan(settings) == {"nothing": f"{settings.dir} is prepared already"}
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    bounded = plan(data_settings(path=corpus, dir=corpus.parent / "other", max_documents=100))["write"]
+    n_estimated = int(bounded.split("about ")[1].split(" ")[0].replace(",", ""))
+    assert n_estimated == pytest.approx(n_tokens / 2, rel=0.1)
+    assert "of 100 documents" in bounded
+
+
 # ---- a second time ---------------------------------------------------------------------------------------------------
 
 
@@ -213,21 +390,38 @@ def assert_nothing_is_left(settings: DataSettings, *others: Path) -> None:
     assert {path.name for path in settings.dir.parent.iterdir()} == {path.name for path in others}
 
 
-def test_a_bad_document_at_the_end_leaves_nothing_behind(corpus: Path, data_settings: MakeSettings) -> None:
+def test_a_bad_document_is_counted_and_named_or_stops_it_all(corpus: Path, data_settings: MakeSettings) -> None:
     with corpus.open("a") as file:
-        file.write('{"text": "never clo')
+        file.write('{"text": "never clo\n' + '{"text": null}\n' * 8)
     settings = data_settings(path=corpus, shard_tokens=500)
-    with pytest.raises(UserError, match="line 201"):
-        prepare(settings)
+    with pytest.raises(UserError, match=r"corpus\.jsonl, line 201 is not JSON; .* data\.on_bad_document: skip"):
+        prepare(settings.model_copy(update={"on_bad_document": "stop"}))
     assert_nothing_is_left(settings, corpus)
+    manifest = prepare(settings).manifest
+    assert manifest.train.documents + manifest.val.documents == 200
+    assert manifest.source["unreadable"] == 9
+    assert [text.split(" ")[2] for text in manifest.source["first_unreadable"]] == ["201", "202", "203", "204", "205"]
+
+
+def test_a_bad_document_beyond_the_bound_is_none(corpus: Path, data_settings: MakeSettings) -> None:
+    with corpus.open("a") as file:
+        file.write("bad")
+    manifest = prepare(data_settings(path=corpus, max_documents=200, on_bad_document="stop")).manifest
+    assert manifest.source["unreadable"] == 0
+
+
+def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path: Path, data_settings: MakeSettings) -> None:
+    (tmp_path / "all.jsonl").write_text("bad\nworse\n")
+    with pytest.raises(UserError, match=r"of 0 documents and 2 that cannot be read \(all\.jsonl, line 1 is not JSON\)"):
+        prepare(data_settings(path=tmp_path / "all.jsonl"))
 
 
 @pytest.mark.usefixtures("gpt2_vocabulary")
 def test_a_document_that_cannot_be_tokenized_is_named(tmp_path: Path, data_settings: MakeSettings) -> None:
     path = tmp_path / "spaces.jsonl"
     write_lines(path, ["good", "x" + " " * 2_000_000 + "y"])  # more than the splitting pattern can look ahead
-    settings = data_settings(path=path, tokenizer="gpt2")
-    with pytest.raises(UserError, match=r"spaces\.jsonl:1"):
+    settings = data_settings(path=path, tokenizer="gpt2", val_fraction=0.5, on_bad_document="stop")
+    with pytest.raises(UserError, match=r"spaces\.jsonl:1 cannot be tokenized"):
         prepare(settings)
     assert_nothing_is_left(settings, path)
 
@@ -274,17 +468,22 @@ def test_an_empty_folder_is_a_good_place(corpus: Path, data_settings: MakeSettin
 # ---- costs -----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, data_settings: MakeSettings) -> None:
-    text = "All work and no play makes Jack a dull boy. " * 4000
-    write_lines(tmp_path / "large.jsonl", [text] * 150)
-    size = (tmp_path / "large.jsonl").stat().st_size
-    settings = data_settings(path=tmp_path / "large.jsonl", shard_tokens=4_000_000)
-    tracemalloc.start()
-    prepare(settings)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert size > 25_000_000
-    assert peak < 8_000_000
+def test_memory_does_not_grow_with_the_corpus(
+    tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 400_000)
+    text = "All work and no play makes Jack a dull boy. " * 400
+    peaks = []
+    for n_documents in (300, 1500):
+        write_lines(tmp_path / "corpus.jsonl", [text] * n_documents)
+        settings = data_settings(
+            path=tmp_path / "corpus.jsonl", dir=tmp_path / str(n_documents), shard_tokens=1_000_000
+        )
+        tracemalloc.start()
+        prepare(settings)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < (tmp_path / "corpus.jsonl").stat().st_size
 
 
 def test_the_data_room_imports_nothing_heavy() -> None:

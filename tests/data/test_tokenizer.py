@@ -7,10 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from dist_train.data.tokenizer import END_OF_TEXT, decode, encode_document, end_of_text, fingerprint, load_tokenizer
+from dist_train.data.tokenizer import (
+    END_OF_TEXT,
+    decode,
+    encode_document,
+    end_of_text,
+    fingerprint,
+    last_cut,
+    load_tokenizer,
+)
 from dist_train.errors import UserError
 
 BYTES = load_tokenizer("bytes")
@@ -161,3 +170,48 @@ def test_a_tiktoken_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, 
     (tmp_path / "folder.tiktoken").mkdir()
     with pytest.raises(UserError, match=name):
         load_tokenizer(str(tmp_path / name))
+
+
+# ---- cutting long texts ----------------------------------------------------------------------------------------------
+
+# Whitespace, signs, letters, digits and contractions in every order: what splitting patterns look at.
+_SNIPPETS = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "a", "It's", " 'll", "12345", ".", "...", "/", "是", "é", "🙂"]
+# Merges of all pairs show where each piece began, and one of three what o200k_base makes of a sign and a slash.
+_BYTES = sorted(set("".join(_SNIPPETS).encode()))
+_PAIRS = [bytes([byte]) for byte in range(256)] + [bytes([first, second]) for first in _BYTES for second in _BYTES]
+_PAIRS.append(b".\n/")
+
+
+@pytest.fixture(scope="module")
+def patterns() -> dict[str, tiktoken.Encoding]:
+    """Small vocabularies with the splitting patterns of tiktoken's large ones, which are there without a download."""
+    encodings = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+            patch.setattr(openai_public, loader, lambda *_, **__: {})
+        for name in ("gpt2", "p50k_base", "cl100k_base", "o200k_base"):
+            pattern = openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
+            ranks = {token: rank for rank, token in enumerate(_PAIRS)}
+            encodings[name] = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return encodings
+
+
+@pytest.mark.parametrize("name", ["gpt2", "p50k_base", "cl100k_base", "o200k_base"])
+@given(snippets=st.lists(st.sampled_from(_SNIPPETS), min_size=1, max_size=40), end=st.integers(1, 120))
+@example(["a", ".", "\n", "/", "a"], 5)
+def test_where_a_text_is_cut_no_token_changes(
+    patterns: dict[str, tiktoken.Encoding], name: str, snippets: list[str], end: int
+) -> None:
+    text = "".join(snippets)
+    cut = last_cut(text[:end])
+    left, right = (patterns[name].encode_ordinary(part) for part in (text[:cut], text[cut:]))
+    has_place = cut < len(text[:end])
+    assert left + right == patterns[name].encode_ordinary(text) or not has_place
+
+
+def test_a_text_is_cut_near_its_end() -> None:
+    assert last_cut("one two three") == 7
+    assert last_cut("one two\nthree") == 8
+    assert last_cut("one two  three") == 3  # the first of two spaces is a token of its own, but one of many is not
+    assert last_cut("unbroken") == 8
+    assert last_cut("first second" + "x" * 20_000) == 5
