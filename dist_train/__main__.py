@@ -95,6 +95,13 @@ def _bench(settings: Settings) -> None:
     bench(settings)
 
 
+def _bench_data(settings: Settings) -> None:
+    """time preparing and reading data, side by side with the usual ways to do both"""
+    from dist_train.study.bench_data import bench_data
+
+    bench_data(settings)
+
+
 def _compare(grid: "Grid") -> None:
     """train every run of a grid of settings that has not finished yet, and report on all of them"""
     from dist_train.study.compare import run_cells
@@ -132,6 +139,7 @@ _COMMANDS = {
         "values of those that vary, as in configs/study_small.yaml",
     ),
     "bench": _Command(_bench),
+    "bench-data": _Command(_bench_data),
 }
 
 

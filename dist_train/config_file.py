@@ -112,7 +112,8 @@ def _fill_in_folders(values: dict, config_name: str) -> None:
         # What decides the tokens is in the name, so that configs do not meet in one folder by accident.
         source = data.get("source", DataSettings.model_fields["source"].default)
         tokenizer = data.get("tokenizer", DataSettings.model_fields["tokenizer"].default)
-        chosen = [data.get(key) for key in ("subset", "revision", "max_documents", "max_tokens")]
+        keys = ["subset", "revision"] if str(source).startswith("fineweb") else []
+        chosen = [data.get(key) for key in [*keys, "max_documents", "max_tokens"]]
         parts = [source, Path(str(data.get("path") or "")).stem, *chosen, Path(str(tokenizer)).stem]
         names = [re.sub(r"[^\w.-]+", "_", str(part or "")).strip("_") for part in parts]
         data.setdefault("dir", "data/" + "-".join(filter(None, names)))

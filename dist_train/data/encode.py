@@ -106,13 +106,13 @@ def encode(pieces: Iterable[Piece], settings: DataSettings) -> Generator[Encoded
     pieces = iter(pieces)
     first = list(islice(pieces, 2))
     pieces = chain(first, pieces)
-    workers = count_workers(settings)
+    workers, encoder = count_workers(settings), Encoder(settings)
     if workers == 1 or len(first) < 2:
-        yield from map(Encoder(settings), pieces)
+        yield from map(encoder, pieces)
         return
     # Spawned: a forked worker would keep the pipes of its siblings open, and the threads of this process half alive.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(settings,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool:
         ahead: deque[Future[Encoded]] = deque()
         try:
             for piece in pieces:
@@ -141,9 +141,9 @@ def count_workers(settings: DataSettings) -> int:
 _encoder: Encoder
 
 
-def _start_worker(settings: DataSettings) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _encoder
-    _encoder = Encoder(settings)
+    _encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
     Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,6 +1,7 @@
 """Text to token ids and back."""
 
 import base64
+import json
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from dist_train.data.tokenizer import (
+    _GPT2_PATTERN,
     END_OF_TEXT,
     decode,
     encode_document,
@@ -172,7 +174,7 @@ def test_a_tiktoken_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, 
         load_tokenizer(str(tmp_path / name))
 
 
-# ---- cutting long texts ----------------------------------------------------------------------------------------------
+# ---- cutting text ----------------------------------------------------------------------------------------------------
 
 # Whitespace, signs, letters, digits and contractions in every order: what splitting patterns look at.
 _SNIPPETS = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "a", "It's", " 'll", "12345", ".", "...", "/", "是", "é", "🙂"]
@@ -194,6 +196,30 @@ def patterns() -> dict[str, tiktoken.Encoding]:
             ranks = {token: rank for rank, token in enumerate(_PAIRS)}
             encodings[name] = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return encodings
+
+
+@pytest.fixture(scope="module")
+def ours() -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(_PAIRS)}
+    return tiktoken.Encoding("ours", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "p50k_base"])
+@given(snippets=st.lists(st.one_of(st.sampled_from(_SNIPPETS), st.characters(exclude_categories=["Cs"])), max_size=40))
+def test_the_faster_pattern_cuts_as_tiktokens(
+    patterns: dict[str, tiktoken.Encoding], ours: tiktoken.Encoding, name: str, snippets: list[str]
+) -> None:
+    text = "".join(snippets)
+    assert ours.encode_ordinary(text) == patterns[name].encode_ordinary(text)
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_real_text_has_the_tokens_that_tiktoken_gives_it(shared_data: Path) -> None:
+    gpt2, stock = load_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
+    assert gpt2._pat_str != stock._pat_str
+    for line in (shared_data / "fineweb" / "fineweb_full_schema_20.jsonl").read_text(encoding="utf-8").splitlines():
+        text = json.loads(line)["text"]
+        assert encode_document(gpt2, text)[1:].tolist() == stock.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "p50k_base", "cl100k_base", "o200k_base"])
