@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "dist_train"
 BASE = {"config", "errors", "storage"}
 ALLOWED = {
     "errors": set(),
-    "storage": set(),
+    "storage": {"errors"},
     "config": {"errors"},
     "config_file": BASE,
     "data": BASE | {"data"},

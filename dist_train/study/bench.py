@@ -1,6 +1,5 @@
 """Speed and memory of a training step, side by side with the plain way to do it."""
 
-import json
 import os
 import platform
 import statistics
@@ -20,10 +19,9 @@ from rich.table import Table
 from dist_train.config import Settings
 from dist_train.data.manifest import open_tokens
 from dist_train.data.tokenizer import load_tokenizer
-from dist_train.errors import StorageError
 from dist_train.model.gpt import build
 from dist_train.runtime.process import Process, peak_flops, start_process, synchronize
-from dist_train.storage import write_atomically
+from dist_train.storage import write_results
 from dist_train.study.dropout import attention_drop_rate
 from dist_train.study.memory import added_bytes, resident_bytes
 from dist_train.study.plain import VARIANTS, variant_flops
@@ -86,7 +84,7 @@ def bench(settings: Settings, budget_seconds: float = 45.0) -> Path:
         results = _results(settings, process, contenders)
         path = settings.run.out_dir / "bench.json"
         if process.is_main:
-            _write(path, results)
+            write_results(path, results)
             Console().print(_table(results))
             print(f"bench.json  {path}")
         for contender in contenders.values():
@@ -175,14 +173,6 @@ def _drop_rates(learner: Learner) -> dict[str, float]:
             "attention_drop_rate": attention_drop_rate(settings.model, settings.model.block_size, process.device),
             "last_block_attention_drop_rate": attention_drop_rate(settings.model, settings.last_k, process.device),
         }
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --run.out_dir") from error
 
 
 def _table(results: dict[str, Any]) -> Table:

@@ -1,7 +1,6 @@
 """Speed of preparing and of reading data, side by side with the usual ways to do both."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -25,8 +24,8 @@ from dist_train.data.corpora import open_corpus
 from dist_train.data.documents import Document
 from dist_train.data.manifest import Manifest
 from dist_train.data.shards import HEADER_BYTES, TokenStream, map_shard
-from dist_train.errors import StorageError, UserError
-from dist_train.storage import write_atomically
+from dist_train.errors import UserError
+from dist_train.storage import write_results
 from dist_train.study.apart import Block, run_apart
 from dist_train.study.shard_ways import WAYS
 
@@ -74,7 +73,7 @@ def bench_data(
                 shutil.rmtree(data.dir, ignore_errors=True)
     read_bytes = batches * _WINDOWS_PER_BATCH * _WINDOW_TOKENS * token_bytes
     results = _results(settings, data.workers, corpus, ways, _windows(readings, read_bytes, token_bytes))
-    _write(path, results)
+    write_results(path, results)
     for table in _tables(results):
         Console().print(table)
     print(f"bench_data.json  {path}")
@@ -226,14 +225,6 @@ def _windows(readings: dict[str, list[float]], read_bytes: int, token_bytes: int
         }
         for name, speed in speeds.items()
     }
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --run.out_dir") from error
 
 
 def _tables(results: dict[str, Any]) -> Iterator[Table]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tracemalloc
@@ -441,6 +442,36 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(
     for folder in (tmp_path / "file" / "data", tmp_path / "file" / "deeper" / "data"):
         with pytest.raises(StorageError, match=r"cannot write .*data"):
             prepare(data_settings(path=corpus, dir=folder))
+
+
+def test_a_disk_that_is_full_is_status_4_and_the_same_command_goes_on(
+    tmp_path: Path, corpus: Path, data_settings: MakeSettings
+) -> None:
+    (tmp_path / "data.yaml").write_text(f"data: {{source: files, path: {corpus}, tokenizer: bytes, dir: data}}")
+
+    def run(limit: int | None) -> subprocess.CompletedProcess[str]:
+        """Let no file grow beyond `limit` bytes."""
+        return subprocess.run(
+            [sys.executable, "-m", "dist_train", "prepare", "data.yaml"],
+            cwd=tmp_path,
+            preexec_fn=lambda: limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    ended = run(8000)
+    assert ended.returncode == 4, ended.stderr
+    assert ended.stderr.startswith("error: cannot write data: File too large; free space")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+    assert run(None).returncode == 0
+    whole = data_settings(path=corpus, dir=tmp_path / "whole")
+    prepare(whole)
+    assert tokens_on_disk(whole.model_copy(update={"dir": tmp_path / "data"}), "train") == tokens_on_disk(
+        whole, "train"
+    )
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "fineweb_train_000001.bin"])
