@@ -1,5 +1,6 @@
 """A look at prepared data: what stands in `corpus.json`, measured on the finished shards, whoever wrote them."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
 def describe_once(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return what `describe` finds in `folder`, kept there as `corpus.json`."""
     path = folder / FILE
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # measured anew where it is missing or damaged
         return json.loads(path.read_text(encoding="utf-8"))
     with Console(stderr=True).status("looking at the data"):
         description = describe(folder, manifest)

@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 PIECE_BYTES = 4_000_000
 """About how much text one piece holds: a third of a second of work, and some megabytes of tokens to hand over."""
 
+LONGEST_BYTES = 32_000_000
+"""A longer line or row is no document: what is read of it in one go has to fit into the memory several times."""
+
 
 class Document(NamedTuple):
     """A text, or a part of one that is too long for a piece."""
@@ -35,8 +38,11 @@ class Piece(Protocol):
     def size(self) -> float:
         """How much of `Corpus.size` this is, in bytes of the source."""
 
-    def read(self) -> Iterable[Document | Unreadable]:
-        """Return its documents in order. Raises `UserError` for what makes the rest of the source useless as well."""
+    def read(self, first: int = 0) -> Iterable[Document | Unreadable]:
+        """Return its documents in order, from number `first` on.
+
+        Raises `UserError` for what makes the rest of the source useless as well.
+        """
 
 
 class Texts(NamedTuple):
@@ -45,9 +51,9 @@ class Texts(NamedTuple):
     documents: tuple[Document | Unreadable, ...]
     size: float
 
-    def read(self) -> Iterable[Document | Unreadable]:
+    def read(self, first: int = 0) -> Iterable[Document | Unreadable]:
         """Return the documents."""
-        return self.documents
+        return self.documents[first:]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Corpus:
     """A source of text in a fixed order."""
 
     pieces: Iterable[Piece]
-    """Read lazily: neither all pieces nor all texts are ever in memory."""
+    """Found while it is iterated over, once."""
     size: float | None = None
     """Bytes of the source, where they are known before it is read."""
     is_single_text: bool = False

@@ -7,13 +7,13 @@ import json
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from dist_train.config import DataSettings
 from dist_train.data import documents
-from dist_train.data.documents import Corpus, Document, Piece, Unreadable, gather
+from dist_train.data.documents import Corpus, Document, Piece, Texts, Unreadable, gather
 from dist_train.data.parquet import Rows, row_pieces
 from dist_train.data.tokenizer import last_cut
 from dist_train.errors import UserError
@@ -27,8 +27,9 @@ def open_files(settings: DataSettings) -> Corpus:
     Raises `UserError` if there is none; while reading if one is not what its name says.
     """
     assert settings.path is not None
-    root, found = _find(Path(settings.path).expanduser())
-    paths = sorted(path for path in found if _kind(path) and path.is_file())
+    with _naming(Path(settings.path)):
+        root, found = _find(Path(settings.path).expanduser())
+        paths = sorted(path for path in found if _kind(path) and path.is_file())
     if not paths:
         raise UserError(
             f"data.path: no .txt, .jsonl (.gz, .zst) or .parquet file at {settings.path}; give a file, folder or glob"
@@ -48,13 +49,18 @@ def open_files(settings: DataSettings) -> Corpus:
 def _find(path: Path) -> tuple[Path, list[Path]]:
     """Return the folder that a file, folder or glob is about, and all that is found there."""
     if path.is_dir():
-        return path, list(path.rglob("*"))
+        return path, _glob(f"{glob.escape(str(path))}/**/*")
     if path.exists():  # whatever its name looks like: a [1] in it is no pattern then
         return path.parent, [path]
     root = path.parent
     while glob.has_magic(str(root)):
         root = root.parent
-    return root, [Path(found) for found in glob.glob(str(path), recursive=True)]
+    return root, _glob(str(path))
+
+
+def _glob(pattern: str) -> list[Path]:
+    """Return what a pattern finds: also behind links, and nothing whose name begins with a dot."""
+    return [Path(found) for found in glob.glob(pattern, recursive=True)]
 
 
 def _kind(path: Path) -> str | None:
@@ -111,7 +117,7 @@ def _text_parts(path: Path, name: str) -> Iterator[Document | Unreadable]:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         yield from iter(lambda: file.read(documents.PIECE_BYTES), "")
 
 
@@ -127,11 +133,12 @@ class _Lines(NamedTuple):
     column: str
     size: float
 
-    def read(self) -> Iterator[Document | Unreadable]:
-        """Yield a document for each line that is not blank."""
-        for number, line in enumerate(self.lines.split(b"\n"), start=self.first_line):
-            if line and not line.isspace():
-                yield self._document(number, line)
+    def read(self, first: int = 0) -> Iterator[Document | Unreadable]:
+        """Yield a document for each line that is not blank, but for the `first`."""
+        lines = enumerate(self.lines.split(b"\n"), start=self.first_line)
+        filled = ((number, line) for number, line in lines if line and not line.isspace())
+        for number, line in islice(filled, first, None):
+            yield self._document(number, line)
 
     def _document(self, number: int, line: bytes) -> Document | Unreadable:
         where = f"{self.name}, line {number}"
@@ -153,14 +160,23 @@ class _Lines(NamedTuple):
         return Unreadable(where, f"has no text in column {self.column!r} (it has: {keys})")
 
 
-def _line_pieces(path: Path, name: str, column: str) -> Iterator[_Lines]:
+def _line_pieces(path: Path, name: str, column: str) -> Iterator[_Lines | Texts]:
     with path.open("rb") as file:
         lines = _decompressed(file, path)
         number, position = 1, 0
         while data := lines.read(documents.PIECE_BYTES):
-            data += lines.readline()
+            data += lines.readline(documents.LONGEST_BYTES)
+            is_torn = len(data) > documents.LONGEST_BYTES and not data.endswith(b"\n")
+            if is_torn:
+                data, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+                while rest and not rest.endswith(b"\n"):
+                    rest = lines.readline(documents.LONGEST_BYTES)
             yield _Lines(name, number, data, column, file.tell() - position)
             number, position = number + data.count(b"\n"), file.tell()
+            if is_torn:
+                longest = f"is longer than {documents.LONGEST_BYTES // 10**6} MB"
+                yield Texts((Unreadable(f"{name}, line {number}", longest),), 0)
+                number += 1
 
 
 def _decompressed(file: BinaryIO, path: Path) -> BinaryIO:
@@ -182,7 +198,7 @@ class _LocalRows(NamedTuple):
     rows: Rows
     size: float
 
-    def read(self) -> list[Document | Unreadable]:
-        """Return the rows' documents. Raises `UserError` for a damaged file."""
+    def read(self, first: int = 0) -> Iterator[Document | Unreadable]:
+        """Yield the documents of all rows but the `first`. Raises `UserError` for a damaged file."""
         with _naming(self.path):
-            return self.rows.read()
+            yield from self.rows.read(first)

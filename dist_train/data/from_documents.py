@@ -32,7 +32,7 @@ def make_shards(settings: DataSettings, folder: Path) -> Manifest:
     """
     journal = Journal.read(folder)
     if journal:
-        _require_same(journal, settings, folder)
+        require_same(journal, settings, folder)
         settings = settings.model_copy(update={"revision": journal.source["revision"]})  # the hub's newest may differ
     corpus = open_corpus(settings)
     if journal is None:
@@ -50,7 +50,7 @@ def make_shards(settings: DataSettings, folder: Path) -> Manifest:
     return _manifest(journal, writers)
 
 
-def _require_same(journal: Journal, settings: DataSettings, folder: Path) -> None:
+def require_same(journal: Journal, settings: DataSettings, folder: Path) -> None:
     """Raise `UserError` naming what keeps unfinished work from being finished with these settings."""
     difference = first_difference(journal.source, journal.tokenizer, settings)
     if not difference and journal.piece_bytes != documents.PIECE_BYTES:
@@ -78,19 +78,19 @@ def _write_documents(settings: DataSettings, corpus: Corpus, journal: Journal, w
     pieces = islice(corpus.pieces, journal.pieces, None)
     committed = time.monotonic()
     with (
-        closing(encode(pieces, settings)) as encoded,
+        closing(encode(pieces, settings, journal.begun_piece)) as encoded,
         ProgressDisplay(_fraction_done(settings, corpus, journal), journal.tokens) as display,
     ):
         for piece in encoded:
             part = piece.first(
-                _left(settings.max_documents, sum(journal.documents.values())),
+                _left(settings.max_documents, journal.n_documents),
                 _left(settings.max_tokens, journal.tokens),
             )
             if part.unreadable and settings.on_bad_document == "stop":
                 raise UserError(f"{part.unreadable[0][1]}; mend or remove it, or set data.on_bad_document: skip")
             _append(part, writers)
             journal.add(part)
-            display.show(sum(journal.documents.values()), journal.tokens, _fraction_done(settings, corpus, journal))
+            display.show(journal.n_documents, journal.tokens, _fraction_done(settings, corpus, journal))
             if len(part.tokens) < len(piece.tokens) or journal.tokens == settings.max_tokens:
                 break
             if time.monotonic() - committed > COMMIT_SECONDS:
@@ -109,7 +109,7 @@ def _fraction_done(settings: DataSettings, corpus: Corpus, journal: Journal) -> 
     """Return how much of the work is done: of the source, or of the first bound that will be met."""
     bounds = (
         (journal.size, corpus.size),
-        (sum(journal.documents.values()), settings.max_documents),
+        (journal.n_documents, settings.max_documents),
         (journal.tokens, settings.max_tokens),
     )
     return max((done / bound for done, bound in bounds if bound), default=None)
@@ -126,13 +126,13 @@ def _append(part: Encoded, writers: Writers) -> None:
 
 def _require_documents(settings: DataSettings, journal: Journal, writers: Writers) -> None:
     """Raise `UserError` if a split is empty, and say why."""
-    found = f"{sum(journal.documents.values())} documents"
-    if journal.unreadable:
-        found += f" and {journal.unreadable} that cannot be read ({journal.first_unreadable[0]})"
+    unread = f", {journal.unreadable} cannot be read ({journal.first_unreadable[0]})" if journal.unreadable else ""
+    if journal.tokens <= journal.n_documents:  # nothing, or end-of-text alone
+        raise UserError(f"data.source: there is no text in it{unread}; give another")
     for name, writer in writers.items():
         if not writer.tokens:
             raise UserError(
-                f"data.source: of {found} none is in the {name} part; "
+                f"data.source: of {journal.n_documents} documents{unread} none is in the {name} part; "
                 f"read more, or change data.val_fraction={settings.val_fraction}"
             )
 

@@ -181,9 +181,12 @@ class HubRows:
         """How much of `Corpus.size` this is, in bytes of the source."""
         return self.rows.size
 
-    def read(self) -> list[Document | Unreadable]:
-        """Return all rows' documents. Raises `UserError` if the hub stays away, or the file is none of parquet."""
-        return _read_parquet(self.rows.name, self.rows.read)
+    def read(self, first: int = 0) -> list[Document | Unreadable]:
+        """Return the documents of all rows but the `first`.
+
+        Raises `UserError` if the hub stays away, or the file is none of parquet.
+        """
+        return _read_parquet(self.rows.name, lambda: list(self.rows.read(first)))
 
 
 def open_file(url: str) -> Any:

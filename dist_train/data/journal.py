@@ -25,6 +25,8 @@ class Journal:
     """How the corpus is cut into pieces; counted in others, `pieces` would leave documents out."""
     pieces: int = 0
     """Pieces of the corpus that are in the shards."""
+    begun_piece: int = 0
+    """Documents of the piece behind them that are in the shards as well."""
     size: float = 0.0
     """Bytes of the source that these pieces are."""
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
@@ -41,11 +43,17 @@ class Journal:
         """Count a piece that has been appended to the shards."""
         for split, count in part.n_documents.items():
             self.documents[split] += count
-        self.pieces += 1
+        self.pieces += part.goes_on_at is None
+        self.begun_piece = part.goes_on_at or 0
         self.size += part.size
         self.tokens += len(part.tokens)
         self.unreadable += len(part.unreadable)
         self.first_unreadable += [text for _, text in part.unreadable][: _NAMED - len(self.first_unreadable)]
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in all splits together."""
+        return sum(self.documents.values())
 
     def commit(self, folder: Path, writers: dict[str, ShardWriter]) -> None:
         """Bring what `writers` have appended onto the disk, and then the journal that says so."""

@@ -97,11 +97,11 @@ def first_difference(source: dict[str, Any], tokenizer: dict[str, Any], settings
     return None
 
 
-def require_match(manifest: Manifest, settings: DataSettings) -> None:
-    """Raise `UserError` naming the first setting in which prepared data differs from what is asked for."""
+def require_match(manifest: Manifest, settings: DataSettings, folder: Path) -> None:
+    """Raise `UserError` naming the first setting in which the data in `folder` differs from what is asked for."""
     if difference := first_difference(manifest.source, manifest.tokenizer, settings):
         raise UserError(
-            f"data.dir: {settings.dir} was prepared with {difference}; choose another --data.dir or delete that folder"
+            f"data.dir: {folder} was prepared with {difference}; choose another --data.dir or delete that folder"
         )
 
 
@@ -126,7 +126,7 @@ def open_tokens(settings: DataSettings) -> TokenData:
     """
     manifest = Manifest.read(settings.dir)
     if manifest:
-        require_match(manifest, settings)
+        require_match(manifest, settings, settings.dir)
         names = {"train": [s.file for s in manifest.train.shards], "val": [s.file for s in manifest.val.shards]}
         identity: object = [asdict(shard) for shard in manifest.shards]
     else:

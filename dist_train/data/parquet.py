@@ -36,17 +36,20 @@ class Rows:
     """Rows of the file ahead of this group."""
     size: float
 
-    def read(self) -> list[Document | Unreadable]:
-        """Return all rows' documents. Raises what pyarrow and the file raise."""
-        table = _group_rows(self.open_file, self.file, self.group, self.columns).take(self.first_row, self.n_rows)
-        texts = table.column(0).to_pylist()
-        ids = table.column(1).to_pylist() if len(self.columns) > 1 else [None] * len(texts)
-        number = self.rows_before + self.first_row
-        return [self._document(number + i, text, id_) for i, (text, id_) in enumerate(zip(texts, ids, strict=True))]
+    def read(self, first: int = 0) -> Iterator[Document | Unreadable]:
+        """Yield the documents of all rows but the `first`. Raises what pyarrow and the file raise."""
+        row = self.rows_before + self.first_row + first
+        rows = _group_rows(self.open_file, self.file, self.group, self.columns)
+        for batch in rows.batches(self.first_row + first, self.n_rows - first):
+            texts = _strings(batch.column(self.columns[0]))
+            ids = _strings(batch.column(self.columns[1])) if len(self.columns) > 1 else [None] * len(texts)
+            for text, document_id in zip(texts, ids, strict=True):
+                yield self._document(row, text, document_id)
+                row += 1
 
-    def _document(self, row: int, text: str | None, document_id: object) -> Document | Unreadable:
-        if text is None:
-            return Unreadable(f"{self.name}, row {row}", "has no text")
+    def _document(self, row: int, text: str | bytes | None, document_id: object) -> Document | Unreadable:
+        if not isinstance(text, str):
+            return Unreadable(f"{self.name}, row {row}", "has no text" if text is None else "is not UTF-8")
         return Document(document_id if isinstance(document_id, str) else f"{self.name}:{row}", text)
 
 
@@ -77,8 +80,9 @@ def forget_open_files() -> None:
 def _columns(schema: "pyarrow.Schema", name: str, column: str) -> tuple[str, ...]:
     from pyarrow import types
 
-    if column not in schema.names:
-        raise UserError(f"{name} has no column {column!r} (it has: {', '.join(schema.names)}); set data.text_column")
+    if schema.names.count(column) != 1:
+        count = "several columns" if column in schema.names else "no column"
+        raise UserError(f"{name} has {count} {column!r} (it has: {', '.join(schema.names)}); set data.text_column")
     kind = schema.field(column).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(value) or types.is_large_string(value) or types.is_null(value)):
@@ -112,35 +116,45 @@ class _GroupRows:
     """One row group, read forwards: pieces of a very large one cost no more together than reading it once."""
 
     def __init__(self, parquet: "pyarrow.parquet.ParquetFile", group: int, columns: tuple[str, ...]) -> None:
-        # Without Arrow's threads: one that still reads when Python ends aborts the process (apache/arrow#45214).
+        # Few rows at a time, because some may be megabytes. Without Arrow's threads: one that still reads when Python
+        # ends aborts the process (apache/arrow#45214).
         self._start = partial(
-            parquet.iter_batches, batch_size=256, row_groups=[group], columns=list(columns), use_threads=False
+            parquet.iter_batches, batch_size=32, row_groups=[group], columns=list(columns), use_threads=False
         )
-        self._columns = columns
         self._rewind()
 
     def _rewind(self) -> None:
         self._batches = self._start()
-        self._next_row = 0
-        self._rest: Any = None
-        """What the last piece left of its last batch."""
+        self._batch: Any = ()
+        self._batch_start = 0
 
-    def take(self, first: int, count: int) -> "pyarrow.Table":
-        """Return `count` rows from row `first` of the group on, the columns in the order asked for."""
-        import pyarrow
-
-        if first < self._next_row:
+    def batches(self, first: int, count: int) -> "Iterator[pyarrow.RecordBatch]":
+        """Yield `count` rows from row `first` of the group on."""
+        if first < self._batch_start:
             self._rewind()
-        taken = []
-        while count:
-            batch = self._rest if self._rest is not None else next(self._batches)
-            skipped = min(max(0, first - self._next_row), len(batch))
-            part = batch.slice(skipped, count)
-            self._next_row += skipped + len(part)
-            self._rest = batch.slice(skipped + len(part))
-            if not len(self._rest):
-                self._rest = None
-            if len(part):
-                taken.append(part)
-                count -= len(part)
-        return pyarrow.Table.from_batches(taken).select(list(self._columns))
+        while count > 0:
+            end = self._batch_start + len(self._batch)
+            if first >= end:
+                self._batch_start, self._batch = end, next(self._batches)
+                continue
+            part = self._batch.slice(first - self._batch_start, count)
+            yield part
+            first, count = first + len(part), count - len(part)
+
+
+def _strings(column: Any) -> list[str | bytes | None]:
+    """Return a column's texts, and the bytes of those that are none: pyarrow looks at them only here."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+        return [_decoded(value) for value in values.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value

@@ -59,18 +59,21 @@ def find_prepared(settings: DataSettings) -> Manifest | None:
     """
     found = Manifest.read(settings.dir)
     if found:
-        require_match(found, settings)
+        require_match(found, settings, settings.dir)
     elif settings.dir.exists() and (not settings.dir.is_dir() or any(settings.dir.iterdir())):
         raise UserError(
             f"data.dir: {settings.dir} holds what `prepare` did not write; "
             f"train on it if it is shards, or choose another --data.dir"
         )
+    elif settings.dir.name in ("", "..") or settings.dir.is_mount():
+        raise UserError(f"data.dir: {settings.dir} cannot be renamed to; give a folder inside it")
     return found
 
 
 def partial_folder(settings: DataSettings) -> Path:
     """Return where the shards lie until they are complete."""
-    return settings.dir.parent / f".{settings.dir.name}.partial"
+    folder = settings.dir.resolve()  # a link to an empty folder stays one
+    return folder.parent / f".{folder.name}.partial"
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def _prepare_aside(settings: DataSettings) -> Manifest:
     try:
         made = Manifest.read(work)
         if made:  # all but the name was done when the earlier attempt was killed
-            require_match(made, settings)
+            require_match(made, settings, work)
         else:
             made = _take_shards(settings, work) if settings.source == "shards" else make_shards(settings, work)
             described = describe_once(work, made)
@@ -110,8 +113,8 @@ def _prepare_aside(settings: DataSettings) -> Manifest:
             made.write(work)
         _keep_only(work, {MANIFEST, DESCRIPTION, *(shard.file for shard in made.shards)})
         sync(work)
-        os.replace(work, settings.dir)
-        sync(settings.dir.parent)
+        os.replace(work, settings.dir.resolve())
+        sync(work.parent)
         return made
     finally:
         if work.exists() and not _is_worth_keeping(work, settings):
@@ -131,6 +134,8 @@ def _take_shards(settings: DataSettings, work: Path) -> Manifest:
 
 def _is_worth_keeping(work: Path, settings: DataSettings) -> bool:
     """Tell whether another attempt could go on from here."""
+    if (work / MANIFEST).exists():
+        return True
     if settings.source == "shards":
         return any(path.is_file() and not path.is_symlink() for path in work.rglob("*"))
     return Journal.is_in(work)

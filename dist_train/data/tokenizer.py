@@ -79,16 +79,27 @@ def encode_document(encoding: tiktoken.Encoding, text: str, continues: bool = Fa
     """Return `<|endoftext|>` and the tokens of `text`, uint32 [n]; a special token spelled there is plain text.
 
     Without `<|endoftext|>` where the text goes on with a document.
-
-    Raises `ValueError` for a text that the splitting pattern cannot take, such as a million spaces in a row.
     """
+    tokens = [] if continues else [np.array([end_of_text(encoding)], dtype=np.uint32)]
     try:
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        tokens += [_encode(encoding, text)]
+    except ValueError:  # the pattern's engine gives up on a million spaces in a row
+        tokens += [_encode(encoding, part) for part in _LONG_SPACE.split(text)]
+    return np.concatenate(tokens)
+
+
+# A run of whitespace is one piece but for its last character, which goes with the word behind it. Looked for from the
+# run's start alone: from everywhere it would take quadratic time.
+_LONG_SPACE = re.compile(r"(?<!\s)(\s{10000,}(?=\s\S))")
+
+
+def _encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:
         # Half of a surrogate pair, which JSON can spell: as tiktoken's own `encode` does, pair it or put � there.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
-    return tokens if continues else np.concatenate([np.array([end_of_text(encoding)], dtype=np.uint32), tokens])
+        return encoding.encode_to_numpy(text, disallowed_special=())
 
 
 # Between a word and the space before the next, or after a line's end, whichever characters the words are made of:

@@ -22,6 +22,7 @@ from rich.table import Table
 from dist_train.config import DataSettings, Settings
 from dist_train.data.corpora import open_corpus
 from dist_train.data.documents import Document
+from dist_train.data.encode import count_workers
 from dist_train.data.manifest import Manifest
 from dist_train.data.shards import HEADER_BYTES, TokenStream, map_shard
 from dist_train.errors import UserError
@@ -121,11 +122,7 @@ def _prepared_from(corpus: Corpus, data: DataSettings, folder: Path) -> DataSett
     """Return settings that prepare all of the corpus into `folder`, by a number of workers that is the same for all."""
     source = {"source": "files", "path": str(corpus.path), "text_column": "text", "revision": None}
     bounds = {"max_documents": None, "max_tokens": None}
-    return data.model_copy(update={**source, **bounds, "workers": data.workers or _usable_cpus(), "dir": folder})
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return data.model_copy(update={**source, **bounds, "workers": count_workers(data), "dir": folder})
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------------

@@ -213,6 +213,9 @@ def test_pieces_in_any_order_hold_their_own_rows(corpus_of_all_kinds: Path, monk
     pieces = list(open_files_at(corpus_of_all_kinds / "b.parquet"))
     in_order = [list(piece.read()) for piece in pieces]
     assert len(pieces) > 10
+    names = [document.id for part in in_order for document in part if isinstance(document, Document)]
+    assert names == [f"b.parquet:{row}" for row in range(100)]
+    assert [list(piece.read(3)) for piece in pieces] == [part[3:] for part in in_order]
     assert [list(piece.read()) for piece in reversed(pieces)] == in_order[::-1]
     assert [list(piece.read()) for piece in pieces[1::3]] == in_order[1::3]
 
@@ -228,6 +231,21 @@ def test_real_fineweb_rows_are_read(shared_data: Path, data_settings: MakeSettin
     assert len({document.id for document in documents}) == 1410
     lines = shared_data / "fineweb" / "fineweb_full_schema_20.jsonl"
     assert len(read(data_settings(path=lines))) == 20
+
+
+def test_links_are_followed_and_hidden_files_are_not_read(folder: Path, data_settings: MakeSettings) -> None:
+    everything = read(data_settings(path=folder))
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "b.txt").write_text("hidden")
+    (folder / "deeper").rename(folder.parent / "elsewhere")
+    (folder / "deeper").symlink_to(folder.parent / "elsewhere")
+    assert read(data_settings(path=folder)) == everything
+    assert read(data_settings(path=folder / "**" / "*")) == everything
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path, data_settings: MakeSettings) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert read(data_settings(path=tmp_path)) == [Document("a.txt:0", "text")]
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -281,6 +299,37 @@ def test_text_that_is_not_utf8_is_no_document_at_all(
 def test_a_missing_column_is_answered_with_those_there_are(folder: Path, data_settings: MakeSettings) -> None:
     with pytest.raises(UserError, match=r"c\.parquet has no column 'body' \(it has: text, n\)"):
         read(data_settings(path=folder / "c.parquet", text_column="body"))
+
+
+def test_parquet_text_that_is_not_utf8_is_named(tmp_path: Path, data_settings: MakeSettings) -> None:
+    buffers = pa.array([b"good", b"\xff\xfe", b"again"], pa.binary()).buffers()
+    texts = pa.StringArray.from_buffers(3, buffers[1], buffers[2])
+    pq.write_table(pa.table({"text": texts, "id": texts}), tmp_path / "a.parquet")
+    assert read_all(data_settings(path=tmp_path)) == [
+        Document("good", "good"),
+        Unreadable("a.parquet, row 1", "is not UTF-8"),
+        Document("again", "again"),
+    ]
+
+
+def test_a_line_that_is_too_long_is_named_and_not_kept(
+    tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    monkeypatch.setattr(documents, "LONGEST_BYTES", 1000)
+    lines = [{"text": "first"}, {"text": "x" * 5000}, {"text": "third"}, {"text": "y" * 900}, {"text": "z" * 1100}]
+    write_lines(tmp_path / "a.jsonl", [*lines, {"text": "last"}])
+    found = [
+        str(part) if isinstance(part, Unreadable) else part.text for part in read_all(data_settings(path=tmp_path))
+    ]
+    assert [text.replace("longer than 0 MB", "too long") for text in found] == [
+        "first",
+        "a.jsonl, line 2 is too long",
+        "third",
+        "y" * 900,
+        "a.jsonl, line 5 is too long",
+        "last",
+    ]
 
 
 def test_a_column_of_numbers_is_not_text(folder: Path, data_settings: MakeSettings) -> None:

@@ -1,6 +1,7 @@
 """Documents to shards and a manifest: all of them or nothing."""
 
 import base64
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 
 from dist_train.config import DataSettings
-from dist_train.data import documents, from_documents
+from dist_train.data import documents, encode, from_documents
+from dist_train.data import prepare as prepare_module
 from dist_train.data.corpora import open_corpus
-from dist_train.data.documents import Document
-from dist_train.data.encode import Encoded
+from dist_train.data.documents import Corpus, Document, Piece
+from dist_train.data.encode import Encoded, Encoder
 from dist_train.data.journal import Journal
 from dist_train.data.manifest import is_prepared, open_tokens
 from dist_train.data.plan import plan
@@ -99,7 +101,7 @@ def test_the_manifest_counts_and_hashes_what_is_there(corpus: Path, data_setting
 
 
 def test_about_the_asked_for_share_of_documents_is_held_out(tmp_path: Path, data_settings: MakeSettings) -> None:
-    write_lines(tmp_path / "many.jsonl", [""] * 5000)
+    write_lines(tmp_path / "many.jsonl", ["x"] * 5000)
     manifest = prepare(data_settings(path=tmp_path / "many.jsonl", val_fraction=0.1)).manifest
     assert 430 < manifest.val.documents < 570  # three standard deviations
     assert manifest.train.documents + manifest.val.documents == 5000
@@ -196,9 +198,85 @@ def test_a_bound_keeps_the_first_of_the_source(
         assert n_documents == min(200, bound["max_documents"])
 
 
+def test_what_lies_beyond_a_bound_is_not_read(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 300)
+    read = []
+    encode_piece = Encoder.__call__
+
+    def count(encoder: Encoder, piece: Piece, first: int = 0) -> Encoded:
+        read.append(piece)
+        return encode_piece(encoder, piece, first)
+
+    monkeypatch.setattr(Encoder, "__call__", count)
+    prepare(data_settings(path=corpus, max_documents=20, workers=1))
+    prepare(data_settings(path=corpus, dir=corpus.parent / "tokens", max_tokens=400, workers=1))
+    assert len(read) < 16
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_broken_beyond_a_bound_is_no_mistake(
+    tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 300)
+    (tmp_path / "source").mkdir()
+    write_lines(tmp_path / "source" / "a.jsonl", [f"document {number}" for number in range(80)])
+    (tmp_path / "source" / "b.parquet").write_bytes(b"broken")
+    manifest = prepare(data_settings(path=tmp_path / "source", max_documents=50, workers=workers)).manifest
+    assert manifest.train.documents + manifest.val.documents == 50
+    with pytest.raises(UserError, match=r"cannot read .*b\.parquet"):
+        prepare(data_settings(path=tmp_path / "source", dir=tmp_path / "all", workers=workers))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_texts_of_many_parts_count_as_the_documents_they_are(
+    tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    (tmp_path / "texts").mkdir()
+    texts = [f"{number} " + "hello world " * 250 for number in range(4)]
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    settings = data_settings(path=tmp_path / "texts", max_documents=count, val_fraction=0.4)
+    manifest = prepare(settings).manifest
+    written = {split: documents_on_disk(settings, split) for split in ("train", "val")}
+    assert sorted(written["train"] + written["val"]) == texts[:count]
+    described = json.loads((settings.dir / "corpus.json").read_text())
+    for split, part in (("train", manifest.train), ("val", manifest.val)):
+        assert part.documents == described[split]["documents"] == len(written[split])
+
+
+@pytest.mark.parametrize("most_tokens", [1, 100, 400])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pieces_that_are_handed_over_in_parts_are_whole(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, most_tokens: int, workers: int
+) -> None:
+    whole = data_settings(path=corpus, dir=corpus.parent / "whole")
+    prepare(whole)
+    if workers > 1:
+        monkeypatch.setattr(documents, "PIECE_BYTES", 5000)  # workers have the limit that they were started with
+    monkeypatch.setattr(encode, "_MOST_TOKENS", most_tokens)
+    monkeypatch.setattr(from_documents, "COMMIT_SECONDS", 0.0)
+    settings = data_settings(path=corpus, workers=workers)
+    add = Journal.add
+
+    def add_and_stop(journal: Journal, part: Encoded) -> None:
+        add(journal, part)
+        if journal.n_documents > 100:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings)
+    prepare(settings)
+    assert contents(settings.dir) == contents(whole.dir)
+
+
 def test_the_last_tenth_of_a_bounded_single_text_is_held_out(tmp_path: Path, data_settings: MakeSettings) -> None:
     (tmp_path / "book.txt").write_text("".join(chr(97 + number % 26) for number in range(5000)))
-    settings = data_settings(path=tmp_path / "book.txt", max_tokens=1000)
+    settings = data_settings(path=tmp_path / "book.txt", max_tokens=1000, shard_tokens=150)
     manifest = prepare(settings).manifest
     assert (manifest.train.tokens, manifest.val.tokens) == (900, 1 + 100)
     assert tokens_on_disk(settings, "train")[-1] == 97 + 898 % 26
@@ -297,6 +375,104 @@ def test_unfinished_work_on_a_source_that_has_changed_is_refused(
         prepare(settings)
 
 
+def test_a_source_of_which_only_the_time_has_changed_counts_as_changed(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+    begin(settings, monkeypatch)
+    os.utime(corpus, (0, 0))
+    with pytest.raises(UserError, match="has changed since the work in"):
+        prepare(settings)
+
+
+def test_the_revision_that_was_begun_with_is_the_one_gone_on_with(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+    begin(settings, monkeypatch)
+    begun = Journal.read(partial_folder(settings))
+    opened = []
+
+    def open_and_tell(settings: DataSettings) -> Corpus:
+        opened.append(settings.revision)
+        return open_corpus(settings)
+
+    monkeypatch.setattr(from_documents, "open_corpus", open_and_tell)
+    prepare(settings)
+    assert begun
+    assert opened == [begun.source["revision"]]
+
+
+def test_what_only_wants_its_name_is_never_made_again_nor_deleted(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = data_settings(path=corpus)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: fail() if new == settings.dir else replace(old, new))
+        with pytest.raises(StorageError, match="busy"):
+            prepare(settings)
+    finished = contents(partial_folder(settings))
+    with pytest.raises(UserError, match=r"\.data\.partial was prepared with max_documents=None, not 7"):
+        prepare(data_settings(path=corpus, max_documents=7))
+    assert contents(partial_folder(settings)) == finished
+    monkeypatch.setattr(prepare_module, "make_shards", fail)
+    prepare(settings)
+    assert contents(settings.dir) == finished
+
+
+def test_what_is_said_to_be_there_is_on_the_disk_before_it_is_said(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(from_documents, "COMMIT_SECONDS", 0.0)
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def note_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(f"replace {target.name}")
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    prepare(data_settings(path=corpus, shard_tokens=10**6))
+    commit = ["sync train_000000.bin", "sync val_000000.bin", "sync .data.partial"]
+    journal = ["sync .progress.json.new", "replace progress.json"]
+    assert done[:5] == [*commit, *journal]
+    end = ["sync .corpus.json.new", "replace corpus.json", "sync .manifest.json.new", "replace manifest.json"]
+    end += ["sync .data.partial", "replace data", f"sync {corpus.parent.name}"]
+    assert done[-len(end) :] == end
+    assert set(done[: -len(end)]) == {*commit, *journal}
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_place_that_cannot_be_renamed_to_is_refused_before_any_work(
+    tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "deeper")
+    if name == "..":
+        monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
+    with pytest.raises(UserError, match="cannot be renamed to; give a folder inside it"):
+        prepare(data_settings(path=tmp_path / "none.txt", dir=Path(name)))
+
+
+def test_a_link_to_an_empty_folder_is_a_good_place(corpus: Path, data_settings: MakeSettings, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    prepare(data_settings(path=corpus, dir=tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").exists()
+
+
 def test_shards_that_hold_less_than_the_journal_says_are_refused(
     corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,14 +492,24 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     assert {path.name for path in corpus.parent.iterdir()} == {corpus.name}
     manifest = prepare(settings).manifest
     n_tokens = manifest.train.tokens + manifest.val.tokens
-    assert f"{n_tokens:,} tokens of 200 documents" in lines["write"]
+    assert f", {n_tokens:,} tokens in 200 documents" in lines["write"]
     assert "about" not in lines["write"]
     assert plan(settings) == {"nothing": f"{settings.dir} is prepared already"}
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     bounded = plan(data_settings(path=corpus, dir=corpus.parent / "other", max_documents=100))["write"]
     n_estimated = int(bounded.split("about ")[1].split(" ")[0].replace(",", ""))
     assert n_estimated == pytest.approx(n_tokens / 2, rel=0.1)
-    assert "of 100 documents" in bounded
+    assert "in 100 documents" in bounded
+    assert "about" in plan(data_settings(path=corpus, dir=corpus.parent / "other"))["write"]
+
+
+def test_a_dry_run_refuses_what_prepare_refuses(
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(data_settings(path=corpus), monkeypatch)
+    assert "earlier attempt" in plan(data_settings(path=corpus))["go on"]
+    with pytest.raises(UserError, match="was begun with max_documents=None, not 7"):
+        plan(data_settings(path=corpus, max_documents=7))
 
 
 # ---- a second time ---------------------------------------------------------------------------------------------------
@@ -413,18 +599,8 @@ def test_a_bad_document_beyond_the_bound_is_none(corpus: Path, data_settings: Ma
 
 def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path: Path, data_settings: MakeSettings) -> None:
     (tmp_path / "all.jsonl").write_text("bad\nworse\n")
-    with pytest.raises(UserError, match=r"of 0 documents and 2 that cannot be read \(all\.jsonl, line 1 is not JSON\)"):
+    with pytest.raises(UserError, match=r"there is no text in it, 2 cannot be read \(all\.jsonl, line 1 is not JSON\)"):
         prepare(data_settings(path=tmp_path / "all.jsonl"))
-
-
-@pytest.mark.usefixtures("gpt2_vocabulary")
-def test_a_document_that_cannot_be_tokenized_is_named(tmp_path: Path, data_settings: MakeSettings) -> None:
-    path = tmp_path / "spaces.jsonl"
-    write_lines(path, ["good", "x" + " " * 2_000_000 + "y"])  # more than the splitting pattern can look ahead
-    settings = data_settings(path=path, tokenizer="gpt2", val_fraction=0.5, on_bad_document="stop")
-    with pytest.raises(UserError, match=r"spaces\.jsonl:1 cannot be tokenized"):
-        prepare(settings)
-    assert_nothing_is_left(settings, path)
 
 
 def test_a_part_without_documents_is_a_mistake(tmp_path: Path, data_settings: MakeSettings) -> None:
@@ -454,7 +630,7 @@ def test_a_disk_that_is_full_is_status_4_and_the_same_command_goes_on(
         return subprocess.run(
             [sys.executable, "-m", "dist_train", "prepare", "data.yaml"],
             cwd=tmp_path,
-            preexec_fn=lambda: limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
             capture_output=True,
             text=True,
             timeout=60,

@@ -14,6 +14,7 @@ from tiktoken_ext import openai_public
 
 from dist_train.data.tokenizer import (
     _GPT2_PATTERN,
+    _LONG_SPACE,
     END_OF_TEXT,
     decode,
     encode_document,
@@ -196,6 +197,21 @@ def patterns() -> dict[str, tiktoken.Encoding]:
             ranks = {token: rank for rank, token in enumerate(_PAIRS)}
             encodings[name] = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return encodings
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+@pytest.mark.parametrize("ending", [" ", "\n"])
+def test_a_million_spaces_are_cut_as_fewer_are(ending: str) -> None:
+    gpt2 = load_tokenizer("gpt2")
+    many = f"x{' ' * 10**6}{ending}y {' ' * 10**6}"
+    with pytest.raises(ValueError, match="stack size exceeded"):
+        gpt2.encode_to_numpy(many)
+    few = f"x{' ' * 20_000}{ending}y {' ' * 20_000}"  # which the engine manages by itself
+    run_as_one = encode_document(gpt2, few)[1:]
+    assert np.array_equal(run_as_one, gpt2.encode_to_numpy(few))
+    parts = [part for part in _LONG_SPACE.split(few) if part]
+    assert np.array_equal(np.concatenate([gpt2.encode_to_numpy(part) for part in parts]), run_as_one)
+    assert decode(gpt2, encode_document(gpt2, many)[1:].tolist()) == many
 
 
 @pytest.fixture(scope="module")
