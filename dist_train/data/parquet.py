@@ -116,10 +116,12 @@ class _GroupRows:
     """One row group, read forwards: pieces of a very large one cost no more together than reading it once."""
 
     def __init__(self, parquet: "pyarrow.parquet.ParquetFile", group: int, columns: tuple[str, ...]) -> None:
-        # Few rows at a time, because some may be megabytes. Without Arrow's threads: one that still reads when Python
-        # ends aborts the process (apache/arrow#45214).
+        footer = parquet.metadata.row_group(group)
+        # Few rows at a time where they are large. Without Arrow's threads: one that still reads when Python ends aborts
+        # the process (apache/arrow#45214).
+        rows = min(256, max(1, documents.PIECE_BYTES * footer.num_rows // max(1, _text_bytes(footer, columns[0]))))
         self._start = partial(
-            parquet.iter_batches, batch_size=32, row_groups=[group], columns=list(columns), use_threads=False
+            parquet.iter_batches, batch_size=rows, row_groups=[group], columns=list(columns), use_threads=False
         )
         self._rewind()
 
