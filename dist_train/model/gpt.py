@@ -12,10 +12,13 @@ from torch.nn import functional as F
 
 from dist_train.config import ModelSettings
 from dist_train.errors import UserError, require_same_device
+from dist_train.model.dropout import Dropout, attend
 
 
 class Attention(nn.Module):
     """Causal self-attention in which the last S positions ask and all T positions answer."""
+
+    attend = staticmethod(attend)
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -25,21 +28,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
         """Return [B, S, D] for the last S = `last_k` positions of `x_BTD`."""
-        T = x_BTD.size(1)
-        query_BHSE, key_BHTE, value_BHTE = self._heads(x_BTD, last_k)
-        # `is_causal` aligns the mask top-left, which is wrong for the last S of T. One position needs no mask at all.
-        mask_ST = None
-        if 1 < last_k < T:
-            mask_ST = torch.ones(last_k, T, dtype=torch.bool, device=x_BTD.device).tril(T - last_k)
-        attended_BHSE = F.scaled_dot_product_attention(
-            query_BHSE,
-            key_BHTE,
-            value_BHTE,
-            attn_mask=mask_ST,
-            # The functional form does not know eval(): dropout has to follow the module's state here.
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=last_k == T,
-        )
+        # The functional form does not know eval(): dropout has to follow the module's state here.
+        attended_BHSE = self.attend(*self._heads(x_BTD, last_k), self.dropout if self.training else 0.0)
         return self.project(attended_BHSE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTD: Tensor, last_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +67,7 @@ class Block(nn.Module):
         self.attention = Attention(settings)
         self.mlp_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         self.mlp = MLP(settings)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
     def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
         """Return the residual stream [B, S, D] of the last S = `last_k` positions."""
@@ -95,7 +85,7 @@ class GPT(nn.Module):
         rows = math.ceil(n_vocab / settings.vocab_multiple) * settings.vocab_multiple
         self.token_embedding = nn.Embedding(rows, settings.n_embd)
         self.position_embedding = nn.Embedding(settings.block_size, settings.n_embd)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.n_layer)])
         self.final_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         scale = settings.logit_scale

@@ -1,8 +1,10 @@
 """The plain way to train on the last k positions, to compare with: compute everything, and slice afterwards."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dist_train.model.gpt import GPT, step_flops
+from dist_train.model.dropout import Dropout
+from dist_train.model.gpt import GPT, Attention, step_flops
 
 
 class EveryPosition(nn.Module):
@@ -26,8 +28,18 @@ def trainer(network: GPT) -> nn.Module:
 
 
 def plain(network: GPT) -> nn.Module:
-    """Return the network as most code has it: logits for all T positions, of which the last S are kept."""
+    """Return the network as most code has it: torch's dropout, and logits for all T positions, of which S are kept."""
+    for module in list(network.modules()):
+        if isinstance(module, Attention):
+            module.attend = _attend
+        for name, child in module.named_children():
+            if isinstance(child, Dropout):
+                setattr(module, name, nn.Dropout(child.p))
     return EveryPosition(network)
+
+
+def _attend(query_BHSE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(query_BHSE, key_BHTE, value_BHTE, dropout_p=dropout, is_causal=True)
 
 
 def head_sliced(network: GPT) -> nn.Module:

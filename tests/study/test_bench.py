@@ -15,7 +15,8 @@ from torch import Tensor
 from dist_train.config import ModelSettings, Settings
 from dist_train.config_file import load_settings
 from dist_train.data.manifest import open_tokens
-from dist_train.model.gpt import GPT, build
+from dist_train.model.dropout import attend
+from dist_train.model.gpt import GPT, Attention, build
 from dist_train.runtime.process import start_process
 from dist_train.study.bench import bench
 from dist_train.study.dropout import attention_drop_rate
@@ -91,11 +92,7 @@ def test_the_attention_drop_rate_is_counted(dropout: float, last_k: int) -> None
 
 
 def test_an_attention_that_drops_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        "dist_train.model.gpt.F.scaled_dot_product_attention",
-        lambda *tensors, dropout_p, **others: plain_attention(*tensors, **others),
-    )
+    monkeypatch.setattr(Attention, "attend", lambda _, query, key, value, dropout: attend(query, key, value, 0.0))
     assert attention_drop_rate(MODEL.model_copy(update={"dropout": 0.25}), T, CPU) == 0
 
 
