@@ -123,6 +123,7 @@ class Record(NullRecord):
 
     @_naming_full_disk
     def train(self, lines: list[dict[str, Any]]) -> None:
+        """Record updates, a line each."""
         if not lines:
             return
         for line in lines:
@@ -137,6 +138,7 @@ class Record(NullRecord):
 
     @_naming_full_disk
     def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Record held-out losses after `step` updates."""
         self._write({"kind": "eval", "step": step, "split": "val", **result})
         self._metrics.flush()
         losses = ("loss", "final_token_loss", "all_token_loss")

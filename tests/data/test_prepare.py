@@ -364,23 +364,17 @@ def test_unfinished_work_of_other_settings_is_refused_and_kept(
     assert contents(partial_folder(settings)) == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda path: path.write_text(path.read_text() + '{"text": "one more"}'), lambda path: os.utime(path, (0, 0))],
+    ids=["content", "time alone"],
+)
 def test_unfinished_work_on_a_source_that_has_changed_is_refused(
-    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
     settings = data_settings(path=corpus)
     begin(settings, monkeypatch)
-    with corpus.open("a") as file:
-        file.write('{"text": "one more"}')
-    with pytest.raises(UserError, match="has changed since the work in"):
-        prepare(settings)
-
-
-def test_a_source_of_which_only_the_time_has_changed_counts_as_changed(
-    corpus: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = data_settings(path=corpus)
-    begin(settings, monkeypatch)
-    os.utime(corpus, (0, 0))
+    change(corpus)
     with pytest.raises(UserError, match="has changed since the work in"):
         prepare(settings)
 
