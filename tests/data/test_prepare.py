@@ -672,19 +672,20 @@ def test_an_empty_folder_is_a_good_place(corpus: Path, data_settings: MakeSettin
 def test_memory_does_not_grow_with_the_corpus(
     tmp_path: Path, data_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 400_000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100_000)
     text = "All work and no play makes Jack a dull boy. " * 400
-    peaks = []
-    for n_documents in (300, 1500):
-        write_lines(tmp_path / "corpus.jsonl", [text] * n_documents)
-        settings = data_settings(
-            path=tmp_path / "corpus.jsonl", dir=tmp_path / str(n_documents), shard_tokens=1_000_000
-        )
+    corpus = tmp_path / "corpus.jsonl"
+    sizes, peaks = [], []
+    for n_documents in (10, 300, 1500):  # the first loads what is kept: it is not compared
+        write_lines(corpus, [text] * n_documents)
+        settings = data_settings(path=corpus, dir=tmp_path / str(n_documents), shard_tokens=1_000_000)
         tracemalloc.start()
         prepare(settings)
+        sizes.append(corpus.stat().st_size)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0] < (tmp_path / "corpus.jsonl").stat().st_size
+    # A few pieces more or less are under way, as the workers happen to run.
+    assert peaks[2] - peaks[1] < (sizes[2] - sizes[1]) / 10
 
 
 def test_the_data_room_imports_nothing_heavy() -> None:
