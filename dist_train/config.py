@@ -194,6 +194,8 @@ class RuntimeSettings(Section):
     """Autocast type; weights stay fp32. `auto`: bf16 where the hardware has it, fp16 on other GPUs, else fp32."""
     compile: bool = False
     """Compile the network with `torch.compile`: slower to start, faster to run."""
+    gradient_reduction: Literal["fp32", "bf16"] = "fp32"
+    """Type in which processes add up their gradients: `bf16` sends half the bytes and rounds to three digits."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, or an error where there is none."""
     timeout_seconds: PositiveFloat = 120.0

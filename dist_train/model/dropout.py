@@ -6,14 +6,20 @@ their weights stay in the cache. Axes as in `gpt.py`.
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Weights that are worked on at once: 2 MB of bfloat16, what a core's cache holds.
 _CACHED_WEIGHTS = 2**20
+
+# On a GPU, the fastest first. cuDNN's attention is left out: it rounds the rate to sixteenths, 0.1 to 0.125, and says
+# nothing (pytorch/pytorch#174245); FlashAttention-3 and FlexAttention cannot drop at all.
+_DROPPING_AS_ASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Dropout(nn.Module):
@@ -26,7 +32,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        if x.device.type != "cpu":
+        if not _is_eager_cpu(x):
             return F.dropout(x, self.p)
         return x * _kept(x.shape, self.p, x.dtype).mul_(1 / _keep_probability(self.p))
 
@@ -34,13 +40,19 @@ class Dropout(nn.Module):
 def attend(query_BHSE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, dropout: float) -> Tensor:
     """Return causal attention [B, H, S, E] of the last S of T positions, each weight dropped at the rate `dropout`."""
     S, T = query_BHSE.size(2), key_BHTE.size(2)
-    if dropout and query_BHSE.device.type == "cpu":
+    if dropout and _is_eager_cpu(query_BHSE):
         return _CachedAttention.apply(query_BHSE, key_BHTE, value_BHTE, dropout)
-    # `is_causal` aligns the mask top-left, which is wrong for the last S of T. One position needs no mask at all.
-    mask_ST = _sees(S, T, query_BHSE.device) if 1 < S < T else None
-    return F.scaled_dot_product_attention(
-        query_BHSE, key_BHTE, value_BHTE, attn_mask=mask_ST, dropout_p=dropout, is_causal=S == T
-    )
+    with sdpa_kernel(_DROPPING_AS_ASKED) if dropout else nullcontext():
+        if S == T:  # an `if`: a compiler that leaves S open cannot hand the comparison itself on
+            return F.scaled_dot_product_attention(query_BHSE, key_BHTE, value_BHTE, dropout_p=dropout, is_causal=True)
+        # `is_causal` aligns the mask top-left, which is wrong for the last S of T. One position needs no mask at all.
+        mask_ST = _sees(S, T, query_BHSE.device) if S > 1 else None
+        return F.scaled_dot_product_attention(query_BHSE, key_BHTE, value_BHTE, attn_mask=mask_ST, dropout_p=dropout)
+
+
+def _is_eager_cpu(x: Tensor) -> bool:
+    """Say whether the ways of this file may serve: a compiler cannot follow them, and has its own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _sees(S: int, T: int, device: torch.device) -> Tensor:

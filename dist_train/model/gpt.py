@@ -99,7 +99,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens_BT, last_k))
 
     def hidden(self, tokens_BT: Tensor, last_k: int) -> Tensor:
-        """Return the normed residual stream [B, S, D] of the last S = `last_k` positions: the head's input."""
+        """Return the head's input [B, S, D] at the last S = `last_k` positions: the normed residual stream, scaled."""
         T = tokens_BT.size(1)
         require_same_device(model=self.token_embedding.weight, batch=tokens_BT)
         if not 1 <= last_k <= T <= self.settings.block_size:
@@ -108,12 +108,12 @@ class GPT(nn.Module):
         x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
         for block in self.blocks[:-1]:
             x_BTD = block(x_BTD, T)
-        return self.final_norm(self.blocks[-1](x_BTD, last_k))
+        # Scaling D numbers per position instead of V logits is the same product and costs nothing.
+        return self.final_norm(self.blocks[-1](x_BTD, last_k)) * self.logit_scale
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Return logits [..., V] for `hidden_BSD` [..., D]; rows that pad the vocabulary are left out of them."""
-        # Scaling D numbers per position instead of V is the same product and costs nothing.
-        return F.linear(hidden_BSD * self.logit_scale, self.token_embedding.weight)[..., : self.n_vocab]
+        return F.linear(hidden_BSD, self.token_embedding.weight)[..., : self.n_vocab]
 
     def n_parameters(self) -> int:
         """Return how many numbers are learned; the tied head counts once."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +35,8 @@ def _cpu_multiplies_bf16() -> bool:
 class Replica:
     """This process's copy of a network, kept equal to the others' copies by averaging gradients."""
 
-    def __init__(self, network: nn.Module, process: Process, settings: RuntimeSettings) -> None:
+    def __init__(self, network: nn.Module, objective: nn.Module, process: Process, settings: RuntimeSettings) -> None:
+        """Make `objective`, a module around `network` that returns its loss, ready to be run and differentiated."""
         self.network = network
         """The plain module, for evaluation, saving and sampling; the same weights."""
         self.device_type = process.device.type
@@ -42,26 +44,28 @@ class Replica:
         self.world_size = process.world_size
         # float16 loses small gradients, so they are scaled up for the backward pass; otherwise this does nothing.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.precision == torch.float16)
-        module = torch.compile(network, dynamic=False) if settings.compile else network
-        # DDP around the compiled module: it then overlaps its reduction with the backward pass.
-        self._module = (
-            DistributedDataParallel(
-                module,
-                device_ids=[process.device.index] if process.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
-            if process.world_size > 1
-            else module
-        )
+        self._is_compiled = settings.compile
+        if self._is_compiled:
+            _compile_what_repeats(objective)
+        self._module = _data_parallel(objective, process.device, settings) if process.is_grouped else objective
 
-    def autocast(self) -> torch.autocast:
-        """Return the context in which a forward pass runs in the chosen precision."""
+    def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, self.precision, enabled=self.precision != torch.float32)
 
-    def forward(self, tokens_BT: Tensor, last_k: int) -> Tensor:
-        """Return the logits of the last `last_k` positions."""
-        with self.autocast():
-            return self._module(tokens_BT, last_k)
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Run the plain network within: in the chosen precision, without gradients, and not compiled.
+
+        Evaluation and sampling come in other shapes, of which each would be compiled for a few uses.
+        """
+        eager = torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+        with torch.no_grad(), self._autocast(), eager:
+            yield
+
+    def loss(self, *batch: Tensor | int) -> Tensor:
+        """Return what the objective makes of `batch`: a sum over its supervised positions."""
+        with self._autocast():
+            return self._module(*batch)
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
@@ -89,6 +93,39 @@ class Replica:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def _data_parallel(objective: nn.Module, device: torch.device, settings: RuntimeSettings) -> DistributedDataParallel:
+    module = DistributedDataParallel(
+        objective, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    if settings.gradient_reduction == "bf16":
+        module.register_comm_hook(None, _average_in_bf16)
+    return module
+
+
+def _average_in_bf16(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the processes, as bfloat16 on the way. torch's own hook refuses gloo."""
+    gradients = bucket.buffer()
+    # Divided before they are added up, so that many processes cannot overflow.
+    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
+
+
+def _compile_what_repeats(module: nn.Module) -> None:
+    """Have every member of the lists in `module` compiled by itself, when it is run first.
+
+    Members with the same code share one graph, so that twelve blocks compile as fast as one. What differs in an integer
+    gets one graph for the second and all further values: a changing `last_k` compiles the last block twice and the
+    others once, where the network as a whole would be compiled anew for each.
+    """
+    # Reduction overlaps with backward between the members as it is: DDP need not cut their graphs.
+    torch._dynamo.config.optimize_ddp = False
+    for part in module.modules():
+        for member in part if isinstance(part, nn.ModuleList) else ():
+            member.compile()
 
 
 def micro_batch_size(settings: TrainSettings, world_size: int) -> int:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -46,6 +46,8 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    is_grouped: bool = False
+    """Whether gradients are averaged over a group: of all processes, or of this one to measure what that costs."""
     patient_group: Any = None
     """CPU group without a practical timeout, for waits whose length nobody can know."""
 
@@ -110,7 +112,7 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         return
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            _backend(device),
             timeout=timedelta(seconds=settings.timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
@@ -123,7 +125,7 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         raise ProcessLostError(f"rank {rank} cannot reach the others: {error}; see that all were started") from error
     try:
         with naming_lost_peers(rank):
-            yield Process(rank, world_size, device, patient_group)
+            yield Process(rank, world_size, device, is_grouped=True, patient_group=patient_group)
             # All leave together: a process that closes its connections early looks lost to the others.
             dist.barrier(group=patient_group)
     except BaseException:
@@ -132,6 +134,20 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         dist.destroy_process_group(patient_group if device.type == "cuda" else None)
         raise
     dist.destroy_process_group()
+
+
+@contextmanager
+def group_of_one(process: Process) -> Iterator[Process]:
+    """Have the only process average gradients with itself, so that what data parallelism costs can be measured."""
+    dist.init_process_group(_backend(process.device), store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield replace(process, is_grouped=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager

@@ -4,51 +4,69 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_train.model.dropout import Dropout
-from dist_train.model.gpt import GPT, Attention, step_flops
-
-
-class EveryPosition(nn.Module):
-    """Has `module` work for all T positions and keeps the last S: what `last_k` saves within it is not saved.
-
-    Wraps a whole network or one block, which both take x [B, T, …] and last_k and return [B, S, …].
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x_BT: Tensor, last_k: int) -> Tensor:
-        T = x_BT.size(1)
-        return self.module(x_BT, T)[:, T - last_k :]
+from dist_train.model.gpt import GPT, Attention, Block, step_flops
+from dist_train.training.loss import LastKLoss, cross_entropy
 
 
 def trainer(network: GPT) -> nn.Module:
-    """Return the network as the project trains it: the last block and the head work for S positions."""
-    return network
+    """Return the objective as the project has it: the last block and the head work for S positions."""
+    return LastKLoss(network)
 
 
 def plain(network: GPT) -> nn.Module:
-    """Return the network as most code has it: torch's dropout, and logits for all T positions, of which S are kept."""
+    """Return the objective as most code has it: torch's dropout, and logits for all T positions, of which S are kept.
+
+    Changes `network`.
+    """
     for module in list(network.modules()):
         if isinstance(module, Attention):
             module.attend = _attend
         for name, child in module.named_children():
             if isinstance(child, Dropout):
                 setattr(module, name, nn.Dropout(child.p))
-    return EveryPosition(network)
+    return _SlicingLogits(network)
+
+
+def head_sliced(network: GPT) -> nn.Module:
+    """Return the objective with all blocks at all T positions, and final norm and head at the last S alone.
+
+    Changes `network`.
+    """
+    last = network.blocks[-1]
+    assert isinstance(last, Block)
+    network.blocks[-1] = _EveryPosition(last)
+    return LastKLoss(network)
+
+
+VARIANTS = {"trainer": trainer, "plain": plain, "head_sliced": head_sliced}
+
+
+class _SlicingLogits(nn.Module):
+    """Cross-entropy on the last S of all T positions' logits."""
+
+    def __init__(self, network: GPT) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, last_k: int) -> Tensor:
+        T = tokens_BT.size(1)
+        return cross_entropy(self.network(tokens_BT, T)[:, T - last_k :], targets_BT[:, T - last_k :])
+
+
+class _EveryPosition(nn.Module):
+    """Has a block work for all T positions and keeps the last S: what `last_k` saves within it is not saved."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
+        T = x_BTD.size(1)
+        return self.block(x_BTD, T)[:, T - last_k :]
 
 
 def _attend(query_BHSE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(query_BHSE, key_BHTE, value_BHTE, dropout_p=dropout, is_causal=True)
-
-
-def head_sliced(network: GPT) -> nn.Module:
-    """Return the network with all blocks at all T positions, and final norm and head at the last S alone."""
-    network.blocks[-1] = EveryPosition(network.blocks[-1])
-    return network
-
-
-VARIANTS = {"trainer": trainer, "plain": plain, "head_sliced": head_sliced}
 
 
 def variant_flops(network: GPT, sequences: int, last_k: int) -> dict[str, int]:

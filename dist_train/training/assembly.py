@@ -19,6 +19,7 @@ from dist_train.runtime.parallel import Replica, micro_batch_size
 from dist_train.runtime.process import Process
 from dist_train.training import checkpoint
 from dist_train.training.evaluation import Evaluator
+from dist_train.training.loss import LastKLoss
 from dist_train.training.meter import Meter
 from dist_train.training.optimizer import build_optimizer
 from dist_train.training.run_folder import RunFolder, code_hash
@@ -66,7 +67,7 @@ def assemble(settings: Settings, process: Process) -> Run:
     process.on_main(lambda: require_data(settings))
     encoding, data = load_tokenizer(settings.data.tokenizer), open_tokens(settings.data)
     network = build(settings.model, encoding.n_vocab, settings.run.derive_seed("weights"), process.device)
-    learner = build_learner(settings, process, data, encoding.n_vocab, network)
+    learner = build_learner(settings, process, data, network, LastKLoss(network))
     meter = Meter(settings, network.token_embedding.num_embeddings, process, learner.replica.precision)
 
     start_step = 0
@@ -89,15 +90,17 @@ def assemble(settings: Settings, process: Process) -> Run:
     return run
 
 
-def build_learner(settings: Settings, process: Process, data: TokenData, n_vocab: int, network: nn.Module) -> Learner:
-    """Return what updates `network`, which takes tokens [B, T] and last_k and returns logits [B, last_k, V]."""
+def build_learner(settings: Settings, process: Process, data: TokenData, network: GPT, objective: nn.Module) -> Learner:
+    """Return what updates `network` by `objective`, a module around it called as `LastKLoss` is."""
     windows, batch_size = _windows(settings, data), settings.train.global_batch_size
     return Learner(
         settings=settings,
         process=process,
         windows=windows,
-        batches=Batches(data.train, windows, n_vocab, batch_size, process.rank, process.world_size, process.device),
-        replica=Replica(network, process, settings.runtime),
+        batches=Batches(
+            data.train, windows, network.n_vocab, batch_size, process.rank, process.world_size, process.device
+        ),
+        replica=Replica(network, objective, process, settings.runtime),
         optimizer=build_optimizer(network, settings.optim),
     )
 

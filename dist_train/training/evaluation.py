@@ -16,9 +16,7 @@ from dist_train.errors import UserError
 from dist_train.model.gpt import GPT
 from dist_train.runtime.parallel import Replica, micro_batch_size
 from dist_train.runtime.process import Process
-
-# Rows of logits made at once: 2048 × 50257 float32 are 0.4 GB, where all of 64 × 256 would be 3.3 GB.
-_LOGIT_ROWS = 2048
+from dist_train.training.loss import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Evaluator:
         for at in range(0, len(self._starts), self._micro_batch):
             starts = self._starts[at : at + self._micro_batch]
             tokens = read_windows(self._stream, starts, self._block_size, self._n_vocab).to(self._process.device)
-            with torch.no_grad(), replica.autocast():
+            with replica.inference():
                 sums[:-1] += _losses_BT(network, tokens).sum(dim=0).cpu().double()
             sums[-1] += len(starts)
         network.train(was_training)
@@ -80,10 +78,11 @@ class Evaluator:
 def _losses_BT(network: GPT, tokens: Tensor) -> Tensor:
     """Return −log P of every target of the windows [B, T+1], float32 [B, T], without ever holding all logits."""
     hidden_BTD = network.hidden(tokens[:, :-1], last_k=tokens.size(1) - 1)
+    rows = rows_at_once(network)
     losses = [
         F.cross_entropy(network.logits(hidden).float(), targets, reduction="none")
         for hidden, targets in zip(
-            hidden_BTD.flatten(0, 1).split(_LOGIT_ROWS), tokens[:, 1:].flatten().split(_LOGIT_ROWS), strict=True
+            hidden_BTD.flatten(0, 1).split(rows), tokens[:, 1:].flatten().split(rows), strict=True
         )
     ]
     return torch.cat(losses).view(hidden_BTD.shape[:2])

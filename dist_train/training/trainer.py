@@ -12,7 +12,7 @@ from dist_train.model.gpt import GPT
 from dist_train.runtime.process import naming_lost_peers, start_process
 from dist_train.training import checkpoint
 from dist_train.training.assembly import Learner, Run, assemble
-from dist_train.training.loss import cross_entropy, first_loss_warning, require_possible
+from dist_train.training.loss import first_loss_warning, require_possible
 from dist_train.training.meter import Update
 from dist_train.training.optimizer import learning_rate, set_learning_rate
 from dist_train.training.run_folder import RunFolder
@@ -66,16 +66,14 @@ def _accumulate_gradients(run: Learner, step: int) -> tuple[Tensor, int]:
     inputs_BT, targets_BT = run.batches.at(step)
     # Dropout follows from (seed, step, rank): a resumed run drops what the uninterrupted one did.
     run.process.seed_dropout(run.settings.run.derive_seed("dropout", step, run.process.rank))
-    total_sum, total_supervised = torch.zeros((), device=run.process.device), 0
+    total_sum = torch.zeros((), device=run.process.device)
     micro_batches = list(zip(inputs_BT.split(run.micro_batch), targets_BT.split(run.micro_batch), strict=True))
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
         with run.replica.accumulating(is_last=number == len(micro_batches)):
-            logits_BSV = run.replica.forward(inputs, last_k)
-            loss_sum, supervised = cross_entropy(logits_BSV, targets[:, -last_k:])
+            loss_sum = run.replica.loss(inputs, targets, last_k)
             run.replica.backward(loss_sum, count=train.global_batch_size * last_k)
         total_sum += loss_sum.detach()
-        total_supervised += supervised
-    return total_sum, total_supervised
+    return total_sum, len(inputs_BT) * last_k
 
 
 def _evaluate(run: Run, step: int) -> None:
@@ -121,6 +119,6 @@ def _sample(run: Run, step: int) -> str:
     assert isinstance(run.replica.network, GPT)
     prompt = run.encoding.encode_ordinary(sample.prompt) or [end_of_text(run.encoding)]
     generator = torch.Generator().manual_seed(run.settings.run.derive_seed("sample", step))
-    with run.replica.autocast():
+    with run.replica.inference():
         tokens = generate(run.replica.network, prompt, sample.max_new_tokens, sample.temperature, generator)
     return decode(run.encoding, tokens)

@@ -1,7 +1,5 @@
 """How a batch is divided, and what one process and its copies of a network promise."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed
@@ -10,7 +8,10 @@ from dist_train.config import ModelSettings, RuntimeSettings, TrainSettings
 from dist_train.errors import UserError
 from dist_train.model.gpt import build
 from dist_train.runtime.parallel import Replica, choose_precision, micro_batch_size
-from dist_train.runtime.process import Process, start_process
+from dist_train.runtime.process import Process, group_of_one, start_process
+from dist_train.training.loss import LastKLoss
+
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_dropout_is_seeded_by_the_process() -> None:
 
 def test_an_update_clips_measures_before_clipping_and_clears() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
-    replica = Replica(layer, Process(0, 1, torch.device("cpu")), RuntimeSettings(device="cpu", precision="fp32"))
+    replica = Replica(layer, layer, Process(0, 1, torch.device("cpu")), RuntimeSettings(device="cpu", precision="fp32"))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
@@ -63,28 +64,74 @@ def test_an_update_clips_measures_before_clipping_and_clears() -> None:
     assert layer.weight.grad is None
 
 
+def small_replica(process: Process, **settings: object) -> Replica:
+    """Return a network of three blocks with its loss."""
+    model = ModelSettings(n_layer=3, n_head=1, n_embd=8, block_size=6, dropout=0.0)
+    network = build(model, 11, seed=0, device=process.device)
+    return Replica(network, LastKLoss(network), process, RuntimeSettings.model_validate({"device": "cpu", **settings}))
+
+
+TOKENS = torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(replica: Replica, last_k: int) -> list[torch.Tensor]:
+    """Return the gradients of the mean loss over the last k targets of four sequences."""
+    replica.backward(replica.loss(TOKENS[:, :-1], TOKENS[:, 1:], last_k), count=4 * last_k)
+    found = [parameter.grad.clone() for parameter in replica.network.parameters() if parameter.grad is not None]
+    replica.network.zero_grad()
+    return found
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_forward_runs_in_the_precision_asked_for(precision: str, dtype: torch.dtype) -> None:
-    settings = RuntimeSettings.model_validate({"device": "cpu", "precision": precision})
-    model = ModelSettings(n_layer=1, n_head=1, n_embd=8, block_size=4)
-    network = build(model, 11, seed=0, device=torch.device("cpu"))
-    replica = Replica(network, Process(0, 1, torch.device("cpu")), settings)
-    assert replica.forward(torch.zeros(1, 4, dtype=torch.int64), 1).dtype == dtype
+def test_the_network_runs_in_the_precision_asked_for(precision: str, dtype: torch.dtype) -> None:
+    replica = small_replica(ALONE, precision=precision)
+    with replica.inference():
+        assert replica.network(TOKENS[:, :-1], 1).dtype == dtype
+    assert replica.loss(TOKENS[:, :-1], TOKENS[:, 1:], 6).dtype == torch.float32
 
 
-def test_only_the_last_micro_batch_reduces_gradients(tmp_path: Path) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        # As of two processes, so that it is wrapped; the group of one reduces with itself.
-        replica = Replica(torch.nn.Linear(2, 1), Process(0, 2, torch.device("cpu")), RuntimeSettings(device="cpu"))
+def test_only_the_last_micro_batch_reduces_gradients() -> None:
+    with group_of_one(ALONE) as process:
+        replica = small_replica(process)
         reduces = []
         for is_last in (False, True):
             with replica.accumulating(is_last):
                 reduces.append(getattr(replica._module, "require_backward_grad_sync"))  # noqa: B009 - a module has none
         assert reduces == [False, True]
-    finally:
-        torch.distributed.destroy_process_group()
+
+
+def test_a_group_of_one_changes_no_gradient() -> None:
+    expected = gradients(small_replica(ALONE, precision="fp32"), last_k=2)
+    with group_of_one(ALONE) as process:
+        torch.testing.assert_close(gradients(small_replica(process, precision="fp32"), last_k=2), expected)
+
+
+def test_gradients_may_be_reduced_in_bf16() -> None:
+    expected = gradients(small_replica(ALONE, precision="fp32"), last_k=2)
+    with group_of_one(ALONE) as process:
+        found = gradients(small_replica(process, precision="fp32", gradient_reduction="bf16"), last_k=2)
+    assert all(gradient.dtype == torch.float32 for gradient in found)
+    for gradient, exact in zip(found, expected, strict=True):
+        assert torch.equal(gradient, exact.bfloat16().float())
+
+
+def test_compiled_blocks_have_the_same_gradients_and_few_graphs() -> None:
+    plain, compiled = (small_replica(ALONE, precision="fp32", compile=is_compiled) for is_compiled in (False, True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for last_k in (1, 2, 3, 4, 6, 1, 5):
+        torch.testing.assert_close(gradients(compiled, last_k), gradients(plain, last_k))
+    # One for all positions, which two blocks share, one for the first k, and one that takes any other.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_evaluating_compiles_nothing() -> None:
+    replica = small_replica(ALONE, compile=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with replica.inference():
+        replica.network(TOKENS[:, :5], 2)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
