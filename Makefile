@@ -13,7 +13,7 @@ NPROC  ?= $(eval NPROC := $(shell $(BIN)/python -c 'import torch; print(max(1, t
 TRAIN   = $(if $(filter 1,$(NPROC)),$(BIN)/python,$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)) -m dist_train train
 
 .DEFAULT_GOAL := help
-.PHONY: help install prepare train test test-slow tensorboard compare bench bench-data lint format type check readme clean
+.PHONY: help install prepare train test test-slow tensorboard compare bench bench-scaling bench-data lint format type check readme clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -45,6 +45,10 @@ compare: install  ## final-token against all-token training, three seeds each, a
 
 bench: install  ## speed and memory of a step, beside the plain way to do it
 	$(BIN)/python -m dist_train bench configs/bench.yaml $(ARGS)
+
+bench-scaling: install  ## what NPROC processes cost, two if not said, beside one of them alone
+	$(BIN)/torchrun --standalone --nproc_per_node=$(if $(filter command line environment,$(origin NPROC)),$(NPROC),2) -m dist_train bench \
+	  configs/bench.yaml --run.out_dir=runs/bench_scaling --model.n_layer=4 --train.global_batch_size=32 --train.micro_batch_size=2 $(ARGS)
 
 bench-data: install  ## speed of preparing and reading data, beside the usual ways (ARGS="--data.path=…")
 	$(BIN)/python -m dist_train bench-data configs/bench_data.yaml $(ARGS)

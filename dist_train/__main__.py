@@ -90,6 +90,8 @@ def _train(settings: Settings) -> None:
 
 def _bench(settings: Settings) -> None:
     """time a training step and measure its memory, side by side with the plain way to do it"""
+    # Before torch is imported: its profiler, which measures memory on a CPU, else warns of what was allocated before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dist_train.study.bench import bench
 
     bench(settings)

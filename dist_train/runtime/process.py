@@ -3,6 +3,8 @@
 One process is the same program: without torchrun the world has size 1 and every collective is the identity.
 """
 
+import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -37,6 +39,10 @@ _PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if world_size == 1:
         yield Process(rank, world_size, device)
         return
@@ -163,6 +171,20 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
             f"rank {rank} lost another process, or waited for it longer than runtime.timeout_seconds; "
             f"see what the others say, the same command goes on from the last checkpoint"
         ) from error
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep memory that is freed, for as long as the process lives.
+
+    By default it gives large blocks back at once, and the kernel clears each page again when the next tensor touches
+    it: 0.2 million page faults and a fifth of the seconds of a small batch's step of Model 5. What is kept is cut into
+    pieces: 5 to 30 % more stays resident. Huge pages (THP_MEM_ALLOC_ENABLE) made some steps faster still and others
+    slower, as the kernel found them or had to make room.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        keep = ctypes.CDLL(None).mallopt
+        keep(_M_MMAP_MAX, 0)
+        keep(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _device(wanted: str, local_rank: int, world_size: int) -> torch.device:

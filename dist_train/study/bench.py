@@ -35,7 +35,7 @@ from dist_train.training.telemetry import NullRecord, Record
 from dist_train.training.trainer import update
 
 # Blocks of the variants alternate, A B C A B C …, so that a machine which slows down meanwhile slows all of them.
-_MOST_BLOCKS, _FEWEST_BLOCKS = 9, 3
+_MOST_BLOCKS, _FEWEST_BLOCKS = 15, 3
 # Long enough that the clock, and what a step finds in the caches, do not count.
 _BLOCK_SECONDS = 1.0
 
@@ -100,7 +100,7 @@ class Contender:
         )
 
 
-def bench(settings: Settings, budget_seconds: float = 60.0) -> Path:
+def bench(settings: Settings, budget_seconds: float = 190.0) -> Path:
     """Time ways to make a training step for about `budget_seconds`; return the `bench.json` that says how they did.
 
     Alone, a process compares with the plain way, and with what dropout and data parallelism cost. Several compare with
@@ -164,9 +164,10 @@ def _with(settings: Settings, section: str, **changes: object) -> Settings:
 
 def _race(contenders: dict[str, Contender], process: Process, budget_seconds: float) -> None:
     """Warm up, measure memory, then time interleaved blocks."""
+    everyone = list(contenders.values())
 
-    def in_turn(work: Callable[[Contender], object], description: str) -> None:
-        for contender in track(contenders.values(), description, transient=True, disable=not process.is_main):
+    def in_turn(work: Callable[[Contender], object], chosen: list[Contender], description: str) -> None:
+        for contender in track(chosen, description, transient=True, disable=not process.is_main):
             if contender.is_alone:
                 process.on_main(partial(work, contender))
             else:
@@ -175,16 +176,20 @@ def _race(contenders: dict[str, Contender], process: Process, budget_seconds: fl
     def measure_memory(contender: Contender) -> None:
         contender.added_bytes = added_bytes(partial(contender.advance, 1), process.device)
 
-    in_turn(lambda contender: contender.advance(1), "warming up")  # compiles, and allocates the optimizer's state
+    in_turn(lambda contender: contender.advance(1), everyone, "warming up")  # compiles, makes the optimizer's state
+    in_turn(measure_memory, [each for name, each in contenders.items() if name in VARIANTS], "measuring memory")
     started = time.perf_counter()
-    in_turn(measure_memory, "measuring memory")
+    in_turn(lambda contender: contender.time_block(1), everyone, "timing")
     # Of the first process, because all have to make the same number of steps.
-    seconds = torch.tensor(time.perf_counter() - started) * process.is_main
-    round_seconds = process.patient_sum(seconds).item()
-    steps = max(1, round(_BLOCK_SECONDS * len(contenders) / round_seconds))
-    rounds = budget_seconds / (round_seconds * (steps + (steps > 1)))
-    for block in range(max(_FEWEST_BLOCKS, min(_MOST_BLOCKS, int(rounds)))):
-        in_turn(lambda contender: contender.time_block(steps), f"timing, block {block + 1}")
+    round_seconds = process.patient_sum(torch.tensor((time.perf_counter() - started) * process.is_main)).item()
+    steps = max(1, round(_BLOCK_SECONDS * len(everyone) / round_seconds))
+    if steps > 1:  # else that was a block already
+        for contender in everyone:
+            contender.block_seconds.clear()
+            contender.waited_fractions.clear()
+    rounds = int(budget_seconds / (round_seconds * (steps + (steps > 1))))
+    for block in range(len(everyone[0].block_seconds), max(_FEWEST_BLOCKS, min(_MOST_BLOCKS, rounds))):
+        in_turn(lambda contender: contender.time_block(steps), everyone, f"timing, block {block + 1}")
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

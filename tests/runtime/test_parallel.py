@@ -1,5 +1,9 @@
 """How a batch is divided, and what one process and its copies of a network promise."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed
@@ -132,6 +136,33 @@ def test_evaluating_compiles_nothing() -> None:
     with replica.inference():
         replica.network(TOKENS[:, :5], 2)
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+PAGE_FAULTS = """
+import contextlib, resource, sys, torch
+from dist_train.config import RuntimeSettings
+from dist_train.runtime.process import start_process
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with start_process(RuntimeSettings(device="cpu")) if sys.argv[1] == "process" else contextlib.nullcontext():
+    for round in range(9):
+        if round == 3:
+            before = page_faults()
+        blocks = [torch.ones(10 * 2**20) for _ in range(3)]
+        del blocks
+print(page_faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
+def test_memory_that_is_freed_is_not_cleared_again_and_again() -> None:
+    by_default, kept = (
+        int(subprocess.run([sys.executable, "-c", PAGE_FAULTS, how], capture_output=True, check=True).stdout)
+        for how in ("default", "process")
+    )
+    assert kept < by_default / 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
