@@ -100,8 +100,10 @@ class Process:
 
 
 @contextmanager
-def start_process(settings: RuntimeSettings) -> Iterator[Process]:
+def start_process(settings: RuntimeSettings, keeps_freed_memory: bool = True) -> Iterator[Process]:
     """Join the processes that torchrun started, or be the only one; leave them at the end.
+
+    On a CPU, memory that is freed is kept for the next tensor, to the process's end.
 
     Raises `UserError` if the device is not there, `ProcessLostError` if the others are not.
     """
@@ -113,7 +115,7 @@ def start_process(settings: RuntimeSettings) -> Iterator[Process]:
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
+    if device.type == "cpu" and keeps_freed_memory:
         _keep_freed_memory()
     if world_size == 1:
         yield Process(rank, world_size, device)
