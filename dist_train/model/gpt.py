@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from dist_train.config import ModelSettings
@@ -55,7 +56,17 @@ class MLP(nn.Module):
         self.project = nn.Linear(4 * settings.n_embd, settings.n_embd, bias=settings.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.project(self.activation(self.expand(x_BSD)))
+        expanded = self.expand(x_BSD)
+        activated = self.activation(expanded)
+        if torch.compiler.is_compiling():  # a compiler chooses by itself what to keep
+            return self.project(activated)
+        # The activation is made again in backward: that is cheap, and its result is a fifth of all that a block keeps.
+        address = activated.data_ptr()  # the hooks live on: one that named the tensor would keep it
+        with saved_tensors_hooks(
+            lambda kept: kept.shape if kept.data_ptr() == address else kept,
+            lambda kept: self.activation(expanded).view(kept) if isinstance(kept, torch.Size) else kept,
+        ):
+            return self.project(activated)
 
 
 class Block(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dist_train.config import ModelSettings
 from dist_train.errors import UserError
-from dist_train.model.gpt import GPT, build, step_flops
+from dist_train.model.gpt import GPT, MLP, build, step_flops
+from dist_train.study.memory import added_bytes
 
 T, V = 24, 61
 
@@ -44,6 +45,27 @@ def test_last_k_equals_slicing_full_logits_in_value_and_every_gradient(last_k: i
     assert gradients.keys() == full_gradients.keys() == dict(gpt.named_parameters()).keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, full_gradients[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_activation_is_made_again_rather_than_kept() -> None:
+    settings = ModelSettings(n_head=1, n_embd=32)
+    mlps = [MLP(settings) for _ in range(4)]
+    layers = nn.Sequential(*mlps)
+    x = torch.randn(1024, 32, requires_grad=True)
+    widened_bytes = 4 * 4 * x.numel()
+    # Four before the activation, which must be kept, one after it, and four results, a quarter as wide.
+    added = added_bytes(lambda: layers(x), torch.device("cpu"))
+    assert added is not None
+    assert added < 7 * widened_bytes
+
+    layers(x).square().sum().backward()
+    expected = x.detach().requires_grad_()
+    y = expected
+    for layer in mlps:
+        y = layer.project(nn.functional.gelu(layer.expand(y)))
+    y.square().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected.grad, rtol=0, atol=0)
 
 
 def test_no_position_sees_a_later_one() -> None:
