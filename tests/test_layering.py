@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dist_train"
-BASE = {"config", "errors", "storage"}
+BASE = {"config", "errors", "storage", "worker"}
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
+    "worker": set(),
     "config": {"errors"},
     "config_file": BASE,
     "data": BASE | {"data"},

@@ -2,14 +2,12 @@
 
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from hashlib import blake2b
 from itertools import chain, islice
-from threading import Thread
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -20,6 +18,7 @@ from dist_train.data.documents import Document, Piece, Unreadable
 from dist_train.data.shards import token_dtype
 from dist_train.data.tokenizer import encode_document, load_tokenizer
 from dist_train.errors import ProcessLostError, UserError
+from dist_train.worker import start_worker
 
 _MOST_TOKENS = 8_000_000
 """What a worker hands over at once, give or take a document: rows may be larger than a file's footer lets expect."""
@@ -199,16 +198,7 @@ _encoder: Encoder
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the writing process to end, however it ends, and follow it: the executor's queues never would."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    start_worker()
 
 
 def _encode(piece: Piece, first: int) -> Encoded:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # Weights that are worked on at once: 2 MB of bfloat16, what a core's cache holds.
 _CACHED_WEIGHTS = 2**20
 
-# On a GPU, the fastest first. cuDNN's attention is left out: it rounds the rate to sixteenths, 0.1 to 0.125, and says
+# What may attend on a GPU. cuDNN is left out: it rounds the rate to sixteenths, 0.1 to 0.125, and says
 # nothing (pytorch/pytorch#174245); FlashAttention-3 and FlexAttention cannot drop at all.
 _DROPPING_AS_ASKED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

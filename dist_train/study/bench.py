@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_train.config import Settings
+from dist_train.runtime.parallel import micro_batch_size
 from dist_train.runtime.process import Process, group_of_one, start_process
 from dist_train.storage import write_results
 from dist_train.study.contender import Apart, Contender, Way, with_changes
@@ -46,6 +47,7 @@ def bench(settings: Settings, budget_seconds: float = 190.0) -> Path:
     Raises `DistTrainError`.
     """
     with start_process(settings.runtime) as process:
+        micro_batch_size(settings.train, process.world_size)  # refuses what cannot be divided, before anything is done
         process.on_main(lambda: require_data(settings))
         with _contenders(settings, process) as contenders:
             _race(contenders, process, budget_seconds)

@@ -28,6 +28,7 @@ from dist_train.training.meter import Meter, Update
 from dist_train.training.run_folder import RunFolder
 from dist_train.training.telemetry import NullRecord, Record
 from dist_train.training.trainer import update
+from dist_train.worker import start_worker
 
 
 class Way(NamedTuple):
@@ -139,7 +140,7 @@ class Contender:
         }
 
     def _logging_seconds(self) -> float:
-        """Return the seconds that the record of an update takes: a train line to disk, TensorBoard and console."""
+        """Return the seconds that an update waits for its record: TensorBoard and console are written in threads."""
         settings, process = self._learner.settings, self._learner.process
         meter = Meter(settings, self._network.token_embedding.num_embeddings, process, self._learner.replica.precision)
         one, steps = torch.ones((), device=process.device), settings.log.interval
@@ -168,8 +169,12 @@ class Apart:
     """A contender in a process of its own, where memory that the others have left behind is no help to it."""
 
     def __init__(self, way: Way) -> None:
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._run(_enter, way)
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start_worker)
+        try:
+            self._run(_enter, way)
+        except BaseException:
+            self.close()
+            raise
 
     def do(self, name: str, *arguments: Any) -> Any:
         """Call the contender's method `name` and return what it does."""

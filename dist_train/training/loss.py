@@ -1,4 +1,4 @@
-"""What the loss sees: cross-entropy over the last k positions, of all of which the logits are never held at once.
+"""What the loss sees: cross-entropy over the last k positions, whose logits are not all held at once.
 
 Sums and counts travel, means are made at the end: whoever adds up micro-batches or ranks divides once, by all tokens.
 Axes: B batch, T positions, S the last positions that the loss sees, D width, V vocabulary, N runs over B and S.
@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dist_train.errors import LossError, require_same_device
 from dist_train.model.gpt import GPT
 
-# Logits held at once: 134 MB of bfloat16. Fewer make the head's matrix products slower, more do not make them faster.
+# Logits made at once: 134 MB of bfloat16. Fewer make the head's matrix products slower, more do not make them faster.
 _LOGITS_AT_ONCE = 2**26
 # Of these, as many get their softmax in float32 at once as stay in a CPU's cache meanwhile.
 _SOFTMAX_AT_ONCE = 2**22
@@ -30,8 +31,11 @@ class LastKLoss(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, last_k: int) -> Tensor:
         """Return the sum of −log P over the last `last_k` of the `targets_BT`, in nats, a float32 scalar."""
         hidden_BSD, targets_BS = self.network.hidden(tokens_BT, last_k), targets_BT[:, -last_k:]
+        require_same_device(hidden=hidden_BSD, targets=targets_BS)
         rows = rows_at_once(self.network)
-        if targets_BS.numel() <= rows:
+        # Whole, logits take seven times their own bytes: as float32, as log-softmax, and the gradients of all. float16
+        # has to stay whole, as its gradients need the scaler's factor before they are made, and parts make them first.
+        if 4 * targets_BS.numel() <= rows or _precision(hidden_BSD) == torch.float16:
             return cross_entropy(self.network.logits(hidden_BSD), targets_BS)
         weight_VD, n_vocab = self.network.token_embedding.weight, self.network.n_vocab
         loss_sum: Tensor = _HeadCrossEntropy.apply(
@@ -55,6 +59,12 @@ def rows_at_once(network: GPT) -> int:
     return max(1, _LOGITS_AT_ONCE // network.token_embedding.num_embeddings)
 
 
+def _precision(hidden: Tensor) -> torch.dtype:
+    """Return the type that a matrix product of `hidden` runs in."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy together, some rows at a time, with the gradients made on the way.
 
@@ -67,23 +77,22 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, n_vocab: int, rows: int) -> Tensor:
         """Return the sum of −log P; of the weight's V rows those after `n_vocab` are padding and never predicted."""
-        device = hidden_ND.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        precision = _precision(hidden_ND)
         hidden, weight = hidden_ND.to(precision), weight_VD.to(precision)
         loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         d_hidden_ND, d_weight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)
-        with torch.autocast(device, enabled=False):
-            for at in range(0, len(hidden), rows):
-                part = slice(at, at + rows)
-                logits = hidden[part] @ weight.T
-                logits[:, n_vocab:] = -math.inf
-                loss_sum += _replace_by_gradient(logits, targets_N[part])
-                d_hidden_ND[part] = logits @ weight
-                d_weight_VD += logits.T @ hidden[part]
+        for at in range(0, len(hidden), rows):
+            part = slice(at, at + rows)
+            logits = hidden[part] @ weight.T
+            logits[:, n_vocab:] = -math.inf
+            loss_sum += _replace_by_gradient(logits, targets_N[part])
+            d_hidden_ND[part] = logits @ weight
+            d_weight_VD += logits.T @ hidden[part]
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)
         return loss_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden state and weight; a second time is an error, as they are scaled in place."""
         (factor,) = gradients

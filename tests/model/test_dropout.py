@@ -1,10 +1,14 @@
 """Dropout on a CPU: torch's distribution, and gradients of what was computed."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from dist_train.model import dropout as module
 from dist_train.model.dropout import Dropout, attend
@@ -130,3 +134,23 @@ def test_half_precision_is_as_close_as_torchs(dtype: torch.dtype) -> None:
         [plain, *torch.autograd.grad(plain, exact, torch.ones_like(plain))],
     )
     assert all(error < 3 * torch_error + 1e-3 for error, torch_error in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+def test_no_backend_that_rounds_the_rate_may_attend() -> None:
+    assert SDPBackend.CUDNN_ATTENTION not in module._DROPPING_AS_ASKED
+    entered: list[object] = []
+
+    @contextlib.contextmanager
+    def recorded(backends: object) -> Iterator[None]:
+        entered.append(backends)
+        yield
+
+    query = torch.randn(1, 1, 4, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        # As where there is a GPU.
+        patch.setattr(module, "_is_eager_cpu", lambda _: False)
+        patch.setattr(module, "sdpa_kernel", recorded)
+        module.attend(query, query, query, 0.0)
+        assert not entered
+        module.attend(query, query, query, 0.1)
+    assert entered == [module._DROPPING_AS_ASKED]

@@ -10,6 +10,7 @@ import torch.distributed
 
 from dist_train.config import ModelSettings, RuntimeSettings, TrainSettings
 from dist_train.errors import UserError
+from dist_train.model.dropout import Dropout, attend
 from dist_train.model.gpt import build
 from dist_train.runtime.parallel import Replica, choose_precision, micro_batch_size
 from dist_train.runtime.process import Process, group_of_one, start_process
@@ -89,9 +90,16 @@ def gradients(replica: Replica, last_k: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_network_runs_in_the_precision_asked_for(precision: str, dtype: torch.dtype) -> None:
     replica = small_replica(ALONE, precision=precision)
+    seen: list[torch.dtype] = []
+    for module in replica.network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     with replica.inference():
         assert replica.network(TOKENS[:, :-1], 1).dtype == dtype
-    assert replica.loss(TOKENS[:, :-1], TOKENS[:, 1:], 6).dtype == torch.float32
+    loss = replica.loss(TOKENS[:, :-1], TOKENS[:, 1:], 6)
+    assert set(seen) == {dtype}
+    assert loss.dtype == torch.float32
+    assert loss.requires_grad
 
 
 def test_only_the_last_micro_batch_reduces_gradients() -> None:
@@ -129,24 +137,37 @@ def test_compiled_blocks_have_the_same_gradients_and_few_graphs() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
+@pytest.mark.parametrize("last_k", [3, 40])
+def test_what_is_compiled_drops_as_many_as_it_was_told(last_k: int) -> None:
+    torch.manual_seed(1)
+    query, key = torch.zeros(64, 4, last_k, 8), torch.zeros(64, 4, 40, 8)
+    # Uniform attention to the first eight positions, whose values show which of them were dropped.
+    value = torch.eye(40, 8).expand(64, 4, 40, 8)
+    shown = torch.compile(attend, dynamic=False)(query, key, value, 0.3)[:, :, -1]
+    assert (shown == 0).double().mean().item() == pytest.approx(0.3, abs=0.05)
+    dropped = torch.compile(Dropout(0.3).train(), dynamic=False)(torch.ones(64, 64))
+    assert (dropped == 0).double().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert dropped.max().item() == pytest.approx(1 / 0.7)
+
+
 def test_evaluating_compiles_nothing() -> None:
     replica = small_replica(ALONE, compile=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with replica.inference():
-        replica.network(TOKENS[:, :5], 2)
+        assert not replica.network(TOKENS[:, :5], 2).requires_grad
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 PAGE_FAULTS = """
-import contextlib, resource, sys, torch
+import resource, sys, torch
 from dist_train.config import RuntimeSettings
 from dist_train.runtime.process import start_process
 
 def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-with start_process(RuntimeSettings(device="cpu")) if sys.argv[1] == "process" else contextlib.nullcontext():
+with start_process(RuntimeSettings(device="cpu"), keeps_freed_memory=sys.argv[1] == "kept"):
     for round in range(9):
         if round == 3:
             before = page_faults()
@@ -160,7 +181,7 @@ print(page_faults() - before)
 def test_memory_that_is_freed_is_not_cleared_again_and_again() -> None:
     by_default, kept = (
         int(subprocess.run([sys.executable, "-c", PAGE_FAULTS, how], capture_output=True, check=True).stdout)
-        for how in ("default", "process")
+        for how in ("default", "kept")
     )
     assert kept < by_default / 4
 

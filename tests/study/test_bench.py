@@ -2,10 +2,12 @@
 
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from torch import Tensor
 from dist_train.config import ModelSettings, Settings
 from dist_train.config_file import load_settings
 from dist_train.data.manifest import open_tokens
+from dist_train.errors import UserError
 from dist_train.model.dropout import attend
 from dist_train.model.gpt import GPT, Attention, build
 from dist_train.runtime.process import start_process
 from dist_train.study.bench import bench
+from dist_train.study.contender import Apart, Way
 from dist_train.study.dropout import attention_drop_rate
 from dist_train.study.memory import added_bytes, resident_bytes
 from dist_train.study.plain import VARIANTS, variant_flops
@@ -140,12 +144,55 @@ def test_bench_writes_what_the_interface_promises(tiny: Tiny, capsys: pytest.Cap
         for name, theirs in blocks.items()
         if name != "trainer"
     }
+    flops = {name: variant["flops_per_step"] for name, variant in results["variants"].items()}
+    assert flops["trainer"] == flops["no_dropout"] == flops["data_parallel"] < flops["head_sliced"] < flops["plain"]
     memory = {name: results["variants"][name]["peak_memory_bytes"] for name in VARIANTS}
     assert memory["trainer"] <= memory["head_sliced"] < memory["plain"]
     assert results["attention_drop_rate"] == pytest.approx(0.2, abs=0.02)
     assert 0 <= results["loader_wait_fraction"] <= 1
     assert results["logging_fraction"] > 0
     assert "plain" in capsys.readouterr().out
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_done(tiny: Tiny) -> None:
+    settings = tiny({"train.micro_batch_size": 3})
+    with pytest.raises(UserError, match="micro_batch_size"):
+        bench(settings)
+    assert not settings.run.out_dir.exists()
+
+
+def test_a_mistake_in_a_process_apart_is_the_users_and_leaves_no_process(tiny: Tiny, tmp_path: Path) -> None:
+    before = multiprocessing.active_children()
+    with pytest.raises(UserError):
+        Apart(Way("plain", tiny({"data.dir": tmp_path / "nothing"})))
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="there is no /proc")
+def test_a_bench_that_is_killed_leaves_no_process(tiny_arguments: Callable[..., list[str]]) -> None:
+    command = [sys.executable, "-m", "dist_train", "bench", *tiny_arguments()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    children: list[str] = []
+    while not children and time.monotonic() < deadline and process.poll() is None:
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        found = [pid for task in tasks for pid in task.read_text().split()]
+        children = [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        time.sleep(0.05)
+    assert children
+    process.kill()
+    process.wait()
+    while (left := [pid for pid in children if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def _runs(pid: str) -> bool:
+    """Say whether a process is there, and not merely waiting for its parent to hear of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
 
 
 RACE = """

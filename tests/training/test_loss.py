@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from dist_train.config import ModelSettings
 from dist_train.errors import LossError, UserError
-from dist_train.model.gpt import build
+from dist_train.model.gpt import GPT, build
 from dist_train.study.memory import added_bytes
 from dist_train.training import loss as loss_module
-from dist_train.training.loss import LastKLoss, cross_entropy, first_loss_warning, require_possible
+from dist_train.training.loss import LastKLoss, cross_entropy, first_loss_warning, require_possible, rows_at_once
 
 
 def test_it_equals_log_softmax_followed_by_negative_log_likelihood() -> None:
@@ -64,6 +64,20 @@ def test_the_head_in_parts_has_the_loss_and_every_gradient_of_the_whole(
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=tolerance * largest, msg=name)
 
 
+def test_float16_stays_whole_as_its_gradients_need_the_scalers_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, whole_gradients = loss_and_gradients(T, torch.float16)
+    monkeypatch.setattr(loss_module, "_LOGITS_AT_ONCE", 5 * ROWS)
+    parts, gradients = loss_and_gradients(T, torch.float16)
+    assert torch.equal(parts, whole)
+    assert all(torch.equal(gradients[name], whole_gradients[name]) for name in whole_gradients)
+
+
+def test_all_logits_of_a_batch_of_gpt2_are_too_many_at_once() -> None:
+    with torch.device("meta"):
+        network = GPT(ModelSettings(n_layer=1), n_vocab=50257)
+    assert 1000 < rows_at_once(network) < 2000
+
+
 def test_the_head_in_parts_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ModelSettings(n_layer=1, n_head=1, n_embd=8, block_size=64, dropout=0.0)
     network = build(settings, 4096, seed=0, device=torch.device("cpu"))
@@ -75,12 +89,13 @@ def test_the_head_in_parts_never_holds_all_logits(monkeypatch: pytest.MonkeyPatc
         network.zero_grad()
 
     all_at_once = added_bytes(step, torch.device("cpu"))  # as they are few
-    monkeypatch.setattr(loss_module, "_LOGITS_AT_ONCE", 32 * 4096)
+    monkeypatch.setattr(loss_module, "_LOGITS_AT_ONCE", 128 * 4096)
+    monkeypatch.setattr(loss_module, "_SOFTMAX_AT_ONCE", 8 * 4096)
     in_parts = added_bytes(step, torch.device("cpu"))
     assert all_at_once is not None
     assert in_parts is not None
     assert all_at_once > 2 * logits_bytes
-    assert in_parts < logits_bytes / 4
+    assert in_parts < logits_bytes / 3
 
 
 def test_leaving_the_log_softmax_out_is_caught() -> None:

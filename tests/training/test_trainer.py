@@ -127,6 +127,19 @@ def test_two_processes_train_and_evaluate_like_one(ranks: str, tiny_arguments: A
     ]
 
 
+def test_two_processes_may_add_up_their_gradients_in_bf16(tiny_arguments: Arguments, tmp_path: Path) -> None:
+    base = {"model.dropout": 0.0, "loss.last_k": 2, "train.max_iters": 4, "eval.batches": 1}
+    one = run_command("train", *tiny_arguments({**base, "run.out_dir": tmp_path / "one"}))
+    halved = {**base, "runtime.gradient_reduction": "bf16", "run.out_dir": tmp_path / "two"}
+    two = run_torchrun(2, "train", *tiny_arguments(halved))
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    norms, others = ([line["grad_norm"] for line in metrics(tmp_path / run, "train")] for run in ("one", "two"))
+    assert norms[:2] != others[:2]
+    assert norms[:2] == pytest.approx(others[:2], rel=0.01)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0.01)
+
+
 def test_a_run_folder_explains_itself(tiny: Tiny, tmp_path: Path) -> None:
     settings = tiny()
     folder = train(settings)
