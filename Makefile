@@ -48,7 +48,7 @@ bench: install  ## speed and memory of a step, beside the plain way to do it
 
 bench-scaling: install  ## what NPROC processes cost, two if not said, beside one of them alone
 	$(BIN)/torchrun --standalone --nproc_per_node=$(if $(filter command line environment,$(origin NPROC)),$(NPROC),2) -m dist_train bench \
-	  configs/bench.yaml --run.out_dir=runs/bench_scaling --model.n_layer=4 --train.global_batch_size=32 --train.micro_batch_size=2 $(ARGS)
+	  configs/bench.yaml --run.out_dir=runs/bench_scaling --model.n_layer=4 --train.global_batch_size=64 --train.micro_batch_size=4 $(ARGS)
 
 bench-data: install  ## speed of preparing and reading data, beside the usual ways (ARGS="--data.path=…")
 	$(BIN)/python -m dist_train bench-data configs/bench_data.yaml $(ARGS)

@@ -193,7 +193,7 @@ class RuntimeSettings(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; weights stay fp32. `auto`: bf16 where the hardware has it, fp16 on other GPUs, else fp32."""
     compile: bool = False
-    """Compile the network with `torch.compile`: slower to start, faster to run."""
+    """Compile the network's blocks with `torch.compile`: slower to start; meant for GPUs, on a CPU it gains nothing."""
     gradient_reduction: Literal["fp32", "bf16"] = "fp32"
     """Type in which processes add up their gradients: `bf16` sends half the bytes and rounds to three digits."""
     deterministic: bool = False

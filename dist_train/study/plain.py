@@ -14,13 +14,16 @@ def trainer(network: GPT) -> nn.Module:
 
 
 def plain(network: GPT) -> nn.Module:
-    """Return the objective as most code has it: torch's dropout, and logits for all T positions, of which S are kept.
+    """Return the objective as most code has it: torch's dropout, and logits for all T positions, of which S count.
 
     Changes `network`.
     """
     for module in list(network.modules()):
         if isinstance(module, Attention):
             module.attend = _attend
+        if isinstance(module, Block):
+            # Keeps what it computes.
+            module.mlp = nn.Sequential(module.mlp.expand, module.mlp.activation, module.mlp.project)  # type: ignore[assignment]
         for name, child in module.named_children():
             if isinstance(child, Dropout):
                 setattr(module, name, nn.Dropout(child.p))
