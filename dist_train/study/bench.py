@@ -39,7 +39,7 @@ _MEANINGS = {
 }
 
 
-def bench(settings: Settings, budget_seconds: float = 190.0) -> Path:
+def bench(settings: Settings, budget_seconds: float = 150.0) -> Path:
     """Time ways to make a training step for about `budget_seconds`; return the `bench.json` that says how they did.
 
     Alone, a process compares with the plain way, and with what dropout and data parallelism cost. Several compare with
