@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}; free space or choose another place, the same command then goes on", file=sys.stderr)
         return StorageError.exit_status
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from where it saved last", file=sys.stderr)
+        print("error: interrupted; the same command goes on from what it has saved, if anything", file=sys.stderr)
         return 130
     return 0
 

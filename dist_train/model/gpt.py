@@ -56,11 +56,12 @@ class MLP(nn.Module):
         self.project = nn.Linear(4 * settings.n_embd, settings.n_embd, bias=settings.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return [B, S, D], and keep for backward what the activation was made of rather than what it made."""
         expanded = self.expand(x_BSD)
         activated = self.activation(expanded)
         if torch.compiler.is_compiling():  # a compiler chooses by itself what to keep
             return self.project(activated)
-        # The activation is made again in backward: that is cheap, and its result is a fifth of all that a block keeps.
+        # Making it again is cheap, and it would be a fifth of all that a block keeps.
         address = activated.data_ptr()  # the hooks live on: one that named the tensor would keep it
         with saved_tensors_hooks(
             lambda kept: kept.shape if kept.data_ptr() == address else kept,

@@ -63,8 +63,6 @@ def bench(settings: Settings, budget_seconds: float = 150.0) -> Path:
 @contextmanager
 def _contenders(settings: Settings, process: Process) -> Iterator[dict[str, Contender | Apart]]:
     """Yield the variants, all from the same weights and on the same batches."""
-    plain = Way("plain", with_changes(settings, "runtime", compile=False))
-    share = settings.train.global_batch_size // process.world_size
     with ExitStack() as closing:
 
         def enter(name: str, contender: Contender | Apart) -> None:
@@ -74,10 +72,11 @@ def _contenders(settings: Settings, process: Process) -> Iterator[dict[str, Cont
         found: dict[str, Contender | Apart] = {}
         enter("trainer", Contender(Way("trainer", settings), process))
         if process.world_size > 1:
+            share = settings.train.global_batch_size // process.world_size
             alone = Way("trainer", with_changes(settings, "train", global_batch_size=share))
             enter("one_process", Contender(alone, Process(0, 1, process.device)))
         else:
-            enter("plain", Apart(plain))
+            enter("plain", Apart(Way("plain", with_changes(settings, "runtime", compile=False))))
             if settings.runtime.compile:
                 enter("plain_compiled", Apart(Way("plain", settings)))
             enter("head_sliced", Contender(Way("head_sliced", settings), process))

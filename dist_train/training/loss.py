@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dist_train.errors import LossError, require_same_device
 from dist_train.model.gpt import GPT
 
-# Logits made at once: 134 MB of bfloat16. Fewer make the head's matrix products slower, more do not make them faster.
+# Logits made at once: 134 MB of bfloat16. Fewer make the head's matrix products slower, more gain little.
 _LOGITS_AT_ONCE = 2**26
 # Of these, as many get their softmax in float32 at once as stay in a CPU's cache meanwhile.
 _SOFTMAX_AT_ONCE = 2**22
