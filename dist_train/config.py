@@ -6,49 +6,13 @@ Imports no other room and no torch, so that `--help` answers at once.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-T = TypeVar("T")
-
-_MAY_CHANGE = "may change when a run is continued"
-Adjustable = Annotated[T, _MAY_CHANGE]
-"""A setting that may change when a run is continued: it goes on with the same run. Any other makes it another run."""
-
-Count = Annotated[int, Field(ge=1, le=2**48)]
-"""Products of two larger ones no longer fit where they are counted."""
-
-
-def _fit_file_system(value: Any) -> Any:
-    """Refuse a path that no file system takes: its error would come late, and name no setting."""
-    if value is not None and max(map(len, os.fsencode(value).split(b"/"))) > 255:
-        raise ValueError("a name in a path has at most 255 bytes; shorten it")
-    return value
-
-
-FilePath = Annotated[Path, AfterValidator(_fit_file_system)]
-
-
-class Section(BaseModel):
-    """One section of the settings: strict types, no unknown keys, nothing changes after loading."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from dist_train.setting_types import Adjustable, Count, FilePath, Section, fit_file_system, is_adjustable
 
 
 class RunSettings(Section):
@@ -71,7 +35,7 @@ class DataSettings(Section):
     """Where documents come from: `python-docs` (Python's language reference: one style, a "book"), `python-web`
     (READMEs and docstrings of what is installed: many styles, a "web"), `files` (`data.path`), `fineweb` and
     `fineweb-edu` (the Hugging Face hub), `shards` (ready-made ones at `data.path`: no tokenization)."""
-    path: Annotated[Adjustable[str | None], AfterValidator(_fit_file_system)] = None
+    path: Annotated[Adjustable[str | None], AfterValidator(fit_file_system)] = None
     """For `files`: a file, folder or glob of `.txt`, `.jsonl` (also `.gz`, `.zst`) or `.parquet`. For `shards`: a
     folder, or a dataset repository on the hub such as `hub:kjj0/fineweb10B-gpt2`."""
     text_column: str = "text"
@@ -97,7 +61,7 @@ class DataSettings(Section):
     """`headerless` reads nanoGPT's bare uint16 `.bin` files; everything else has llm.c's header."""
     shard_tokens: Count = 100_000_000
     """Tokens per shard file that `prepare` writes."""
-    tokenizer: Annotated[str, AfterValidator(_fit_file_system)] = "gpt2"
+    tokenizer: Annotated[str, AfterValidator(fit_file_system)] = "gpt2"
     """A tiktoken name, `bytes` (256 bytes and end-of-text; needs no download) or the path of a `.tiktoken` file."""
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share held out for evaluation: of the documents, or the end of the text where the source is a single one."""
@@ -326,4 +290,4 @@ def describe_settings() -> Iterator[tuple[str, str, str]]:
 def may_change(dotted: str) -> bool:
     """Tell whether the setting `section.key` may change when a run is continued."""
     section, _, key = dotted.partition(".")
-    return _MAY_CHANGE in Settings.model_fields[section].annotation.model_fields[key].metadata  # type: ignore[union-attr]
+    return is_adjustable(Settings.model_fields[section].annotation.model_fields[key])  # type: ignore[union-attr]

@@ -22,6 +22,7 @@ from dist_train.study.claims import (
 from dist_train.study.objectives import ALL, FINAL, FINE_TUNED, GROW, SHRINK
 
 _FINAL_AGAINST_ALL = against(FINAL, ALL)
+_FINAL_LOSS, _ALL_LOSS = "final_token_loss", "all_token_loss"
 _NATS = "nats per token, final-token minus all-token training"
 _TIMES = "times, final-token over all-token training"
 
@@ -40,16 +41,15 @@ def _sequence_length(runs: Sequence[Measured]) -> int:
 
 
 def _claims(T: int) -> list[Claim]:
-    return [*_learning(), *_causes(T), *_text(), *_cost(), *_remedies()]
+    return [*_learning(), *_signal(T), *_surroundings(), *_text(), *_cost(), *_remedies()]
 
 
 def _learning() -> list[Claim]:
-    final, every = "final_token_loss", "all_token_loss"
     return [
         _of_final_against_all(
             "higher",
             "Final-token training ends at a higher loss, at equal updates",
-            difference(every),
+            difference(_ALL_LOSS),
             _NATS,
             "losses",
             note="held-out loss of all tokens",
@@ -57,7 +57,7 @@ def _learning() -> list[Claim]:
         _of_final_against_all(
             "higher-final",
             "… even at the final token, which is all that it learns",
-            difference(final),
+            difference(_FINAL_LOSS),
             _NATS,
             "losses",
             note="held-out loss of the final token",
@@ -83,7 +83,7 @@ def _learning() -> list[Claim]:
         _of_final_against_all(
             "slower",
             "Its loss falls more slowly",
-            to_reach("updates", final),
+            to_reach("updates", _FINAL_LOSS),
             "times the updates to the same loss",
             "equal",
             is_ratio=True,
@@ -97,9 +97,7 @@ def _noise_per_token(one: Measured, other: Measured) -> float | None:
     return None if noise is None or tokens is None else noise + tokens / 2
 
 
-def _causes(T: int) -> list[Claim]:
-    richer = "the more heterogeneous corpus minus the other"
-    one_pair = "one pair of corpora, which differ in size and subject too; the interval is over seeds alone"
+def _signal(T: int) -> list[Claim]:
     return [
         _of_final_against_all(
             "signal",
@@ -129,12 +127,19 @@ def _causes(T: int) -> list[Claim]:
             expected=math.log(T),
             note="supported where all of the interval is half to twice that factor",
         ),
+    ]
+
+
+def _surroundings() -> list[Claim]:
+    richer = "the more heterogeneous corpus minus the other"
+    one_pair = "one pair of corpora, which differ in size and subject too; the interval is over seeds alone"
+    return [
         Claim(
             "corpus",
             "A heterogeneous corpus makes the loss of final-token training higher",
             on_the_richer_corpus,
             CORPUS,
-            difference("final_token_loss"),
+            difference(_FINAL_LOSS),
             f"nats per token, {richer}",
             "corpora",
             note=one_pair,
@@ -199,7 +204,6 @@ def _text() -> list[Claim]:
 
 
 def _cost() -> list[Claim]:
-    final, every = "final_token_loss", "all_token_loss"
     return [
         _of_final_against_all(
             "cheaper",
@@ -233,10 +237,10 @@ def _cost() -> list[Claim]:
                 at_equal(budget, loss),
                 _NATS,
                 "equal",
-                note=f"held-out loss of {'the final token' if loss == final else 'all tokens'}",
+                note=f"held-out loss of {'the final token' if loss == _FINAL_LOSS else 'all tokens'}",
             )
             for budget in ("supervised tokens", "FLOPs", "seconds")
-            for loss in (final, every)
+            for loss in (_FINAL_LOSS, _ALL_LOSS)
         ),
     ]
 
@@ -244,7 +248,7 @@ def _cost() -> list[Claim]:
 def _remedies() -> list[Claim]:
     def better(id: str, text: str, objective: str, note: str) -> Claim:
         unit = "nats per token, minus final-token training from the start"
-        effect = at_equal("FLOPs", "final_token_loss")
+        effect = at_equal("FLOPs", _FINAL_LOSS)
         return Claim(id, text, against(objective, FINAL), OBJECTIVE, effect, unit, "equal", expected=-1, note=note)
 
     return [
