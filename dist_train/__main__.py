@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,9 +22,33 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; what goes wrong for a user is one line on standard error."""
+    if "RANK" not in os.environ:
+        return _run(arguments, rank=0, is_alone=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
-    rank, is_alone = int(os.environ.get("RANK", 0)), "RANK" not in os.environ
+    try:
+        status = _run(arguments, rank=int(os.environ["RANK"]), is_alone=False)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status:
+        _end_at_once(status)
+    return status
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End a process that others were started beside, without the interpreter's own end.
+
+    After an error, what it was in still refers to the process group, and so keeps gloo's threads. They take the
+    interpreter's lock to forget the last reduction; an interpreter that is ending denies it, and the process aborts.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+def _run(arguments: list[str] | None, rank: int, is_alone: bool) -> int:
     logging.addLevelName(logging.WARNING, "warning")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if rank == 0 else logging.ERROR)
     try:

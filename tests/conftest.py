@@ -127,6 +127,7 @@ def start_together(
     arguments_of_rank: Sequence[Sequence[str]],
     environment: dict[str, str] | None = None,
     folders: Sequence[Path] | None = None,
+    program: Sequence[str] = ("-m", "dist_train"),
 ) -> list[Started]:
     """Start `train` in processes joined by hand, as nodes would be, without a launcher; each in one of `folders`."""
     with socket.socket() as probe:
@@ -137,7 +138,7 @@ def start_together(
     address = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "dist_train", "train", *arguments],
+            [sys.executable, *program, "train", *arguments],
             cwd=folders[rank] if folders else ROOT,
             env={**variables, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,

@@ -150,6 +150,37 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_before_the_update_and
     assert len(losses(tmp_path / "run")) == 6
 
 
+# Like `python -m dist_train`, but gloo's threads take their time to forget a reduction that is done.
+_FORGETS_SLOWLY = """
+import sys, time
+from dist_train.__main__ import main
+from dist_train.runtime import parallel
+
+class Forgotten:
+    def __del__(self):
+        time.sleep(2)
+
+def add_up(part_norm, bucket, real=parallel._add_up):
+    forgotten = Forgotten()
+    return real(part_norm, bucket).then(lambda done: (done.value(), forgotten)[0])
+
+parallel._add_up = add_up
+sys.exit(main())
+"""
+
+
+def test_processes_that_end_early_do_not_wait_for_what_a_reduction_leaves_behind(
+    tiny_arguments: Arguments, tmp_path: Path
+) -> None:
+    """Or gloo's threads would ask an interpreter that is ending for its lock, and abort the process."""
+    arguments = tiny_arguments({**NEVER, "log.interval": 1})
+    started = start_together([arguments] * 2, {"DIST_TRAIN_FAULT": "nan:1:0"}, program=["-c", _FORGETS_SLOWLY])
+    statuses, errors = finish(started)
+    assert statuses == [3, 3], errors
+    assert errors[0].count("\n") == 1
+    assert errors[1] == ""
+
+
 def test_no_update_follows_a_gradient_that_is_no_number(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
