@@ -42,7 +42,7 @@ tensorboard: install  ## open the runs in TensorBoard, on this machine only
 	$(BIN)/tensorboard --logdir runs --host localhost
 
 compare: install  ## what the loss sees, measured: objectives, curricula, corpora, three seeds each, and the report
-	$(BIN)/python -m dist_train compare configs/study_small.yaml $(ARGS)
+	$(BIN)/python -m dist_train compare configs/study_small.yaml --processes=$(NPROC) $(ARGS)
 
 bench: install  ## speed and memory of a step, beside the plain way to do it
 	$(BIN)/python -m dist_train bench configs/bench.yaml $(ARGS)

@@ -66,7 +66,8 @@ def _launch(loaded: tuple[Settings, list[str]], **options: Any) -> int:
 
         RunFolder(settings.run.out_dir).note_end(status)
 
-    return launch(settings, arguments, LaunchOptions(**options), note_end)
+    given = {name: value for name, value in options.items() if value is not None}
+    return launch(settings, arguments, LaunchOptions(**given), note_end)
 
 
 def _load_for_launch(path: Path, overrides: Sequence[str]) -> tuple[Settings, list[str]]:
@@ -90,12 +91,12 @@ def _bench_data(settings: Settings) -> None:
     bench_data(settings)
 
 
-def _compare(grid: "Grid") -> None:
+def _compare(grid: "Grid", processes: str) -> None:
     """train every run of a grid of settings that has not finished yet, and report on all of them"""
     from dist_train.study.compare import run_cells
     from dist_train.study.report import write_report
 
-    run_cells(grid)
+    run_cells(grid, processes)
     write_report(grid)
 
 
@@ -104,7 +105,7 @@ def _load_grid(path: Path, overrides: Sequence[str]) -> "Grid":
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # A second process group under one torchrun meets the first one's addresses (torch 2.13, gloo).
-        raise UserError("compare trains its runs one after another in one process; start it without torchrun")
+        raise UserError("compare starts the processes of its runs; start it without torchrun, with --processes=N")
     return load_grid(path, overrides)
 
 
@@ -144,24 +145,21 @@ class Command(NamedTuple):
 
 _LAUNCH_OPTIONS: dict[str, dict[str, Any]] = {
     "processes": {"metavar": "N", "help": "processes on this machine: a number, or auto for one per GPU, else one"},
-    "--nodes": {"type": int, "default": 1, "help": "machines that take part, each started by the same line (1)"},
+    "--nodes": {"type": int, "help": "machines that take part, each started by the same line (1)"},
     "--head": {"metavar": "HOST:PORT", "help": "where all nodes meet: an address of one of them and a free port"},
-    "--job": {"metavar": "NAME", "default": "dist_train", "help": "tells jobs apart that meet at one place"},
+    "--job": {"metavar": "NAME", "help": "tells jobs apart that meet at one place (dist_train)"},
     "--max-restarts": {
         "type": int,
-        "default": 3,
         "metavar": "K",
         "help": "give up after so many restarts in a row without a newer checkpoint (3)",
     },
     "--grace": {
         "type": float,
-        "default": 300.0,
         "metavar": "SECONDS",
         "help": "from a request to stop (TERM, INT, USR1) until what still runs is killed; longer than a save (300)",
     },
     "--join": {
         "type": float,
-        "default": 600.0,
         "metavar": "SECONDS",
         "help": "how long nodes wait for each other, at the start and after each loss (600)",
     },
@@ -192,6 +190,14 @@ COMMANDS = {
         _load_grid,
         "a YAML file of a grid: `base` (a file of settings), `out_dir`, `settings` for all runs, and `grid` with the "
         "values of those that vary, as in configs/study_small.yaml",
+        usage="CONFIG [--processes=N]",
+        options={
+            "--processes": {
+                "metavar": "N",
+                "default": "auto",
+                "help": "train each run with N processes: a number, or auto for one per GPU, else one (auto)",
+            }
+        },
     ),
     "evaluate": Command(
         _evaluate,

@@ -26,12 +26,31 @@ class LaunchOptions:
 
     processes: str
     """On this node: a number, or `auto` for one per GPU, or one."""
-    nodes: int
-    head: str | None
-    job: str
-    max_restarts: int
-    grace: float
-    join: float
+    nodes: int = 1
+    head: str | None = None
+    job: str = "dist_train"
+    max_restarts: int = 3
+    grace: float = 300.0
+    join: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for what cannot be."""
+        if self.processes != "auto" and (not self.processes.isdecimal() or int(self.processes) < 1):
+            raise UserError(f"{self.processes!r} is no number of processes; use 1, 2, … or auto, one for each GPU")
+        if self.nodes < 1 or self.max_restarts < 0 or min(self.grace, self.join) <= 0:
+            raise UserError(
+                "--nodes, --grace and --join are positive, and --max-restarts is 0 or more; see launch --help"
+            )
+        if self.nodes > 1 and not self.head:
+            raise UserError(f"--nodes={self.nodes} needs --head=host:port, the same on all nodes, where they meet")
+
+    def count(self, device: str) -> int:
+        """Return how many processes that is where `runtime.device` is `device`."""
+        if self.processes != "auto":
+            return int(self.processes)
+        import torch
+
+        return max(1, torch.cuda.device_count() if device in ("auto", "cuda") else 1)
 
 
 def launch(
@@ -42,7 +61,6 @@ def launch(
     `note_end` is told of a status other than 0: processes that were killed could not write it down themselves.
     Raises `DistTrainError` for what they have not said either.
     """
-    _refuse_impossible(options)
     # Before torch is imported, which takes a second: what is stopped meanwhile has lost nothing.
     with listening() as stop:
         try:
@@ -55,21 +73,12 @@ def launch(
         return status
 
 
-def _refuse_impossible(options: LaunchOptions) -> None:
-    if options.processes != "auto" and (not options.processes.isdecimal() or int(options.processes) < 1):
-        raise UserError(f"{options.processes!r} is no number of processes; use 1, 2, … or auto, one for each GPU")
-    if options.nodes < 1 or options.max_restarts < 0 or min(options.grace, options.join) <= 0:
-        raise UserError("--nodes, --grace and --join are positive, and --max-restarts is 0 or more; see launch --help")
-    if options.nodes > 1 and not options.head:
-        raise UserError(f"--nodes={options.nodes} needs --head=host:port, the same on all nodes, where they meet")
-
-
 def _run(settings: Settings, arguments: Sequence[str], options: LaunchOptions, stop: Stop) -> int:
     _quiet_torch()
     from dist_train.runtime.agent import EndedError
     from dist_train.runtime.parallel import micro_batch_size
 
-    processes = _count(options.processes, settings.runtime.device)
+    processes = options.count(settings.runtime.device)
     micro_batch_size(settings.train, processes * options.nodes)  # each process would refuse it with a line of its own
     _set_environment(processes)
     agent = _agent(settings, arguments, options, processes, stop)
@@ -109,14 +118,6 @@ def _agent(settings: Settings, arguments: Sequence[str], options: LaunchOptions,
 def verbatim(arguments: Iterable[str]) -> list[str]:
     """Return `arguments` so that they reach the processes as they are: torch fills in what follows a dollar."""
     return [argument.replace("$", "$$") for argument in arguments]
-
-
-def _count(processes: str, device: str) -> int:
-    if processes != "auto":
-        return int(processes)
-    import torch
-
-    return max(1, torch.cuda.device_count() if device in ("auto", "cuda") else 1)
 
 
 def _quiet_torch() -> None:

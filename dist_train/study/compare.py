@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import tempfile
+from pathlib import Path
 
 from rich.console import Console
 
 from dist_train.config_file import load_settings
-from dist_train.errors import UserError
+from dist_train.errors import DistTrainError, UserError
+from dist_train.runtime.launch import LaunchOptions, launch
 from dist_train.study.evaluate import evaluate_run, parse_suite
 from dist_train.study.grid import Cell, Grid
 from dist_train.study.inspect import inspect_once
@@ -18,11 +21,13 @@ ATTENTION = "attention"
 """What `inspect` measures, under the name it has in a grid's `measure`."""
 
 
-def run_cells(grid: Grid) -> None:
+def run_cells(grid: Grid, processes: str = "1") -> None:
     """Train every cell of the grid that has not finished yet, and measure it. Raises `DistTrainError`.
 
-    The same call then goes on: nothing is trained or measured twice.
+    The same call then goes on: nothing is trained or measured twice. Each run is trained by so many `processes`, as
+    `launch` understands it.
     """
+    options = LaunchOptions(processes)
     suites = [parse_suite(name) for name in grid.measure if name != ATTENTION]
     for _, source in suites:
         if source is not None:
@@ -33,12 +38,32 @@ def run_cells(grid: Grid) -> None:
         heading = f"run {number} of {len(grid.cells)}  {cell.folder.name}" + (": finished before" if is_done else "")
         console.print(heading, style="bold", markup=False)
         if not is_done:
-            train(cell.settings)
+            _train(cell, options)
         device = cell.settings.runtime.device
         if suites:
             evaluate_run(cell.folder, suites, device)
         if ATTENTION in grid.measure:
             inspect_once(cell.folder, device)
+
+
+def _train(cell: Cell, options: LaunchOptions) -> None:
+    if options.count(cell.settings.runtime.device) == 1:
+        train(cell.settings)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(cell.settings.to_yaml(), encoding="utf-8")
+        status = launch(cell.settings, [str(config)], options, RunFolder(cell.folder).note_end)
+    if status:
+        raise _RunEndedError(cell.folder, status)
+
+
+class _RunEndedError(DistTrainError):
+    """The processes of a run have ended before its end, and said why."""
+
+    def __init__(self, folder: Path, exit_status: int) -> None:
+        super().__init__(f"{folder.name} ended before its end, for the reason above; the same command goes on with it")
+        self.exit_status = exit_status
 
 
 def is_finished(cell: Cell) -> bool:

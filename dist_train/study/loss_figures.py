@@ -75,10 +75,10 @@ def _draw_losses(canvas: Canvas, group: Group, limits: tuple[float, float]) -> N
 
 def _noise_title(groups: Sequence[Group]) -> str:
     where, those = next(iter(main_places(groups).items()))
-    noise = {group.objective: float(np.nanmean(group.measure("train_loss_noise"))) for group in those}
+    noise = {group.objective: float(group.measure("train_loss_noise").mean()) for group in those if group.is_steady}
+    if len(noise) < 2:
+        return f"The training loss of “{those[0].objective}” and the same loss on held-out text"
     calm, noisy = min(noise, key=noise.__getitem__), max(noise, key=noise.__getitem__)
-    if calm == noisy:
-        return f"The training loss of “{calm}” and the same loss on held-out text"
     times = f"{noise[noisy] / noise[calm]:.1f} times"
     return f"The training loss of “{noisy}” is {times} as noisy as that of “{calm}”{among(where)}"
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from dist_train.storage import write_atomically
 from dist_train.study.charts import Figure
-from dist_train.study.statistics import Estimate
+from dist_train.study.learning import BUDGETS
+from dist_train.study.statistics import Mean
 
 Lines = list[list[str]]
 """A table: a heading and rows of text."""
@@ -39,6 +40,9 @@ def write_markdown(report: dict[str, Any], figures: dict[str, Figure], folder: P
         "## Held-out losses at equal cost",
         "Seconds are of this machine, without evaluating and saving.",
         _table(_equal_lines(report["equal"])),
+        "## What it takes to reach a loss",
+        "The lowest that all objectives reach, and the lowest that any of them does, in tenths of a nat.",
+        _table(_needed_lines(report["needed"])),
         "## Figures",
         *(part for figure in figures.values() for part in _figure(figure, folder)),
     ]
@@ -85,7 +89,7 @@ def _claim_lines(claims: Sequence[dict[str, Any]]) -> Lines:
 
 def _trade_off_lines(trade_off: dict[str, Any]) -> Lines:
     return [["", *trade_off["columns"]]] + [
-        [f"{row['property']} ({row['unit']})", *map(_estimate, row["values"])] for row in trade_off["rows"]
+        [f"{row['property']} ({row['unit']})", *map(_mean, row["values"])] for row in trade_off["rows"]
     ]
 
 
@@ -95,19 +99,31 @@ def _equal_lines(equal: Sequence[dict[str, Any]]) -> Lines:
             f"{row['budget']} ({number(row['at'])})",
             row["where"],
             row["group"],
-            _estimate(row["final_token_loss"]),
-            _estimate(row["all_token_loss"]),
+            _mean(row["final_token_loss"]),
+            _mean(row["all_token_loss"]),
         ]
         for row in equal
     ]
 
 
-def _estimate(estimate: Estimate | None) -> str:
-    if estimate is None:
+def _needed_lines(needed: Sequence[dict[str, Any]]) -> Lines:
+    return [["held-out loss", "where", "objective", *BUDGETS]] + [
+        [
+            f"{row['loss'].replace('_', ' ')} of {number(row['target'])}",
+            row["where"],
+            row["group"],
+            *("not reached" if row[budget] is None else _mean(row[budget]) for budget in BUDGETS),
+        ]
+        for row in needed
+    ]
+
+
+def _mean(mean: Mean | None) -> str:
+    if mean is None:
         return "–"
-    if estimate["low"] == estimate["high"]:
-        return number(estimate["value"])
-    return f"{number(estimate['value'])} ({_interval(estimate['low'], estimate['high'])})"
+    if mean["low"] is None:
+        return number(mean["value"])
+    return f"{number(mean['value'])} ({_interval(mean['low'], mean['high'])})"
 
 
 def _interval(low: float | None, high: float | None) -> str:

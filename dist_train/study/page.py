@@ -15,6 +15,7 @@ from dist_train.study.charts import Figure, Picture
 from dist_train.study.curves import groups_of, main_places
 from dist_train.study.evaluate import read_suite
 from dist_train.study.grid import short_keys
+from dist_train.study.learning import BUDGETS
 
 VERDICTS = ("supported", "contradicted", "undecided", "not measured")
 
@@ -52,10 +53,9 @@ def write_page(report: Mapping[str, Any], figures: Mapping[str, Figure], folder:
         figures={key: _embedded(figure, place) for place, (key, figure) in enumerate(figures.items(), start=1)},
         claims=_together(report["claims"], "id"),
         tally=_tally(report["claims"]),
-        equal={
-            where: _together([row for row in report["equal"] if row["where"] == where], "budget")
-            for where in dict.fromkeys(row["where"] for row in report["equal"])
-        },
+        equal=_by_place(report["equal"], "budget"),
+        needed=_by_place(report["needed"], "loss", "target"),
+        budgets=BUDGETS,
         samples=_samples(report["cells"]),
         runs=_runs(report["cells"]),
         made=_made(report["made"]),
@@ -100,9 +100,15 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _together(rows: Any, key: str) -> list[list[Mapping[str, Any]]]:
-    """Return neighbours together that have the same value of `key`."""
-    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: str(row[key]))]
+def _together(rows: Any, *keys: str) -> list[list[Mapping[str, Any]]]:
+    """Return neighbours together that have the same values of `keys`."""
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: [str(row[key]) for key in keys])]
+
+
+def _by_place(rows: Any, *keys: str) -> dict[str, list[list[Mapping[str, Any]]]]:
+    """Return by `where` its rows, those together that have the same values of `keys`."""
+    places = dict.fromkeys(row["where"] for row in rows)
+    return {where: _together([row for row in rows if row["where"] == where], *keys) for where in places}
 
 
 def _tally(claims: Sequence[Mapping[str, Any]]) -> dict[str, int]:

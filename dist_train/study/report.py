@@ -1,12 +1,11 @@
 """The report on a grid of runs, computed from their folders: `report.json`, and from it pages, tables and pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dist_train.errors import StorageError
 from dist_train.storage import write_results
@@ -20,7 +19,7 @@ from dist_train.study.objectives import objective_of
 from dist_train.study.page import write_page
 from dist_train.study.plots import plot_loss, publish_figures
 from dist_train.study.recipe import claims
-from dist_train.study.statistics import Estimate, student_interval
+from dist_train.study.statistics import Mean, student_mean
 
 Groups = Mapping[tuple[str, str], Sequence[Measured]]
 """Runs that differ in their seed alone, by where they are (all else that varies) and what their loss sees."""
@@ -78,6 +77,7 @@ def build_report(grid: Grid) -> dict[str, Any]:
         "claims": claims(runs),
         "cells": [_row(run) for run in runs],
         "equal": list(_at_equal_budgets(groups)),
+        "needed": list(_to_reach_losses(groups)),
         "trade_off": _trade_off(groups),
         "made": _made(runs),
     }
@@ -110,10 +110,15 @@ def _where(grid: Grid, run: Measured) -> str:
     )
 
 
-def _at_equal_budgets(groups: Groups) -> Any:
-    """Yield each group's losses when it has spent what the cheapest group of the same place has at its end."""
+def _by_place(groups: Groups) -> Iterator[tuple[str, dict[str, Sequence[Measured]]]]:
+    """Yield each place with its runs by what their loss sees."""
     for place in dict.fromkeys(place for place, _ in groups):
-        here = {objective: runs for (each, objective), runs in groups.items() if each == place}
+        yield place, {objective: runs for (each, objective), runs in groups.items() if each == place}
+
+
+def _at_equal_budgets(groups: Groups) -> Iterator[dict[str, Any]]:
+    """Yield each group's losses when it has spent what the cheapest group of the same place has at its end."""
+    for place, here in _by_place(groups):
         for budget in BUDGETS:
             amount = min(float(run.curve.spent[budget][-1]) for runs in here.values() for run in runs)
             for objective, runs in here.items():
@@ -122,34 +127,50 @@ def _at_equal_budgets(groups: Groups) -> Any:
                     "group": objective,
                     "where": place,
                     "at": amount,
-                    **{loss: _estimate([run.curve.at(budget, amount, loss) for run in runs]) for loss in LOSSES},
+                    **{loss: _mean([run.curve.at(budget, amount, loss) for run in runs]) for loss in LOSSES},
                 }
+
+
+def _to_reach_losses(groups: Groups) -> Iterator[dict[str, Any]]:
+    """Yield what each group spends to come down to a loss: the lowest that all of its place reach, and any of them.
+
+    Both in tenths of a nat. A group reaches what all of its seeds do; it has None for what it does not.
+    """
+    for place, here in _by_place(groups):
+        for loss in LOSSES:
+            reached = [max(float(run.curve.losses[loss].min()) for run in runs) for runs in here.values()]
+            for target in sorted(
+                {math.ceil(10 * lowest) / 10 for lowest in (max(reached), min(reached))}, reverse=True
+            ):
+                for objective, runs in here.items():
+                    spent = {budget: [run.curve.needed(budget, loss, target) for run in runs] for budget in BUDGETS}
+                    yield {
+                        "loss": loss,
+                        "target": target,
+                        "where": place,
+                        "group": objective,
+                        **{budget: None if None in amounts else _mean(amounts) for budget, amounts in spent.items()},
+                    }
 
 
 def _trade_off(groups: Groups) -> dict[str, Any]:
     """Return the numbers behind the recipe's adjectives, where the grid compares the most objectives."""
-    places = [place for place, _ in groups]
-    place = max(dict.fromkeys(places), key=places.count)
-    here = {objective: runs for (each, objective), runs in groups.items() if each == place}
+    place, here = max(_by_place(groups), key=lambda each: len(each[1]))
     rows = [
         {
             "property": name,
             "unit": unit,
-            "values": [_estimate([run.measures.get(key) for run in runs]) for runs in here.values()],
+            "values": [_mean([run.measures.get(key) for run in runs]) for runs in here.values()],
         }
         for name, key, unit in _TRADE_OFF
     ]
     return {"where": place, "columns": list(here), "rows": [row for row in rows if any(row["values"])]}
 
 
-def _estimate(values: Sequence[float | None]) -> Estimate | None:
-    """Return the mean over seeds with its interval; None where nothing was measured."""
+def _mean(values: Sequence[float | None]) -> Mean | None:
+    """Return the mean over seeds; None where nothing was measured."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    mean = float(np.mean(known))
-    low, high = student_interval(known) or (mean, mean)
-    return Estimate(value=mean, low=low, high=high)
+    return student_mean(known) if known else None
 
 
 def _made(runs: Sequence[Measured]) -> dict[str, Any]:

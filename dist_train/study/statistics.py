@@ -17,6 +17,20 @@ class Estimate(TypedDict):
     high: float
 
 
+class Mean(TypedDict):
+    """A mean over seeds and the ends of its 95 % interval, which a single seed does not have."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def student_mean(values: Sequence[float]) -> Mean:
+    """Return the mean of repeated `values` with its interval."""
+    low, high = student_interval(values) or (None, None)
+    return Mean(value=float(np.mean(values)), low=low, high=high)
+
+
 def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the interval of the mean of repeated `values` (Student 1908), or None for a single one."""
     n = len(values)

@@ -14,7 +14,7 @@ from dist_train.study import compare
 from dist_train.study.compare import is_finished, run_cells
 from dist_train.study.evaluate import read_suite
 from dist_train.study.grid import Cell, Grid, load_grid
-from dist_train.study.learning import read_metrics
+from dist_train.study.learning import read_curve, read_metrics
 from dist_train.study.report import write_report
 from tests.conftest import run_command
 
@@ -40,6 +40,7 @@ def test_a_grid_is_run_once_and_reported_from_its_folders(
         check_measures(Path(row["folder"]), row["measures"])
     check_claims(report["claims"])
     check_equal_budgets(report)
+    check_needed(report)
     assert report["made"]["runs"] == 4
     for name in ("report.html", "report.md"):
         assert report["claims"][0]["claim"] in (grid.out_dir / name).read_text(), name
@@ -88,6 +89,17 @@ def check_equal_budgets(report: dict[str, Any]) -> None:
     assert losses["supervised tokens", "all tokens"] > losses["updates", "all tokens"]
 
 
+def check_needed(report: dict[str, Any]) -> None:
+    for loss in ("final_token_loss", "all_token_loss"):
+        rows = [row for row in report["needed"] if row["loss"] == loss]
+        for row in (row for row in rows if row["target"] == rows[0]["target"]):
+            folders = [Path(c["folder"]) for c in report["cells"] if c["objective"] == row["group"]]
+            updates = [read_curve(folder).needed("updates", loss, row["target"]) for folder in folders]
+            assert row["updates"]["value"] == pytest.approx(sum(filter(None, updates)) / 2)
+            assert None not in updates, "the highest of the losses is one that all reach"
+        assert any(row["FLOPs"] for row in rows if row["target"] == rows[-1]["target"])
+
+
 def done_again(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return the folders of the runs that `run_cells` would train, having seen that nothing is measured again."""
     trained: list[Path] = []
@@ -106,6 +118,32 @@ def test_a_run_that_is_not_there_is_not_finished_and_cannot_be_reported(tiny: Ca
         write_report(Grid(cell.folder.parent, [cell], [], {"run.seed": {"run.seed"}}))
 
 
+def test_runs_of_several_processes_report_what_those_of_one_do(grid_file: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {**json.loads(grid_file().read_text())["settings"], "model.dropout": 0.0}
+    small = {"grid": {"loss.last_k": [1]}, "settings": settings}
+    alone = load_grid(grid_file(**small, out_dir=str(tmp_path / "alone")))
+    run_cells(alone)
+    path = grid_file(**small, out_dir=str(tmp_path / "together"))
+    result = run_command("compare", str(path), "--processes=2")
+    assert (result.returncode, result.stderr) == (0, "")
+    ours, theirs = (read_metrics(cell.folder, "eval") for cell in (*load_grid(path).cells, *alone.cells))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["all_token_loss"] == pytest.approx(other["all_token_loss"], rel=1e-4)
+    environment = json.loads((load_grid(path).cells[0].folder / "environment.json").read_text())
+    assert environment["world_size"] == 2
+
+
+def test_a_run_that_its_processes_cannot_end_ends_the_command_with_their_status(
+    grid_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, fault = grid_file(grid={"loss.last_k": [1]}), {"DIST_TRAIN_FAULT": "nan:1:6"}
+    result = run_command("compare", str(path), "--processes=2", environment=fault)
+    assert result.returncode == 3
+    reason, word = result.stderr.splitlines()
+    assert "the loss is nan of step 7" in reason
+    assert word == "error: last_k=1 ended before its end, for the reason above; the same command goes on with it"
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -116,12 +154,13 @@ def test_a_run_that_is_not_there_is_not_finished_and_cannot_be_reported(tiny: Ca
         ({"measure": ["wit"]}, {}, "there is no 'wit'"),
         ({"measure": ["lambada=nowhere.jsonl"]}, {}, "nowhere.jsonl"),
         ({}, {"RANK": "0", "WORLD_SIZE": "2"}, "start it without torchrun"),
+        ({"settings": {"train.global_batch_size": 7}}, {}, "7 cannot be divided among 2 processes; use 6 or 8"),
     ],
 )
 def test_a_mistake_ends_the_command_with_one_line_and_status_2(
     grid_file: Callable[..., Path], changes: dict[str, Any], environment: dict[str, str], expected: str
 ) -> None:
-    result = run_command("compare", str(grid_file(**changes)), environment=environment)
+    result = run_command("compare", str(grid_file(**changes)), "--processes=2", environment=environment)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert result.stderr.startswith("error: ")
     assert expected in result.stderr

@@ -71,6 +71,7 @@ def write_report(folder: Path, objectives: Mapping[str, int], n_seeds: int = 2) 
         "claims": [],
         "cells": cells,
         "equal": [],
+        "needed": [],
         "trade_off": {"where": "", "columns": list(objectives), "rows": []},
         "made": {**made, "training_seconds": 90.0},
     }
