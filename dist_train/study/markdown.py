@@ -41,7 +41,7 @@ def write_markdown(report: dict[str, Any], figures: dict[str, Figure], folder: P
         "Seconds are of this machine, without evaluating and saving.",
         _table(_equal_lines(report["equal"])),
         "## What it takes to reach a loss",
-        "The lowest that all objectives reach, and the lowest that any of them does, in tenths of a nat.",
+        "The lowest that all objectives reach, and the lowest that two of them do, in tenths of a nat.",
         _table(_needed_lines(report["needed"])),
         "## Figures",
         *(part for figure in figures.values() for part in _figure(figure, folder)),

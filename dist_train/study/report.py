@@ -132,16 +132,15 @@ def _at_equal_budgets(groups: Groups) -> Iterator[dict[str, Any]]:
 
 
 def _to_reach_losses(groups: Groups) -> Iterator[dict[str, Any]]:
-    """Yield what each group spends to come down to a loss: the lowest that all of its place reach, and any of them.
+    """Yield what each group spends to come down to a loss: the lowest that all of its place reach, and two of them.
 
     Both in tenths of a nat. A group reaches what all of its seeds do; it has None for what it does not.
     """
     for place, here in _by_place(groups):
         for loss in LOSSES:
-            reached = [max(float(run.curve.losses[loss].min()) for run in runs) for runs in here.values()]
-            for target in sorted(
-                {math.ceil(10 * lowest) / 10 for lowest in (max(reached), min(reached))}, reverse=True
-            ):
+            ends = sorted(max(float(run.curve.losses[loss].min()) for run in runs) for runs in here.values())
+            targets = dict.fromkeys(math.ceil(10 * end) / 10 for end in (ends[-1], ends[:2][-1]))
+            for target in targets:
                 for objective, runs in here.items():
                     spent = {budget: [run.curve.needed(budget, loss, target) for run in runs] for budget in BUDGETS}
                     yield {
