@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 NPROC  ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install prepare train test test-faults test-slow tensorboard compare bench bench-scaling bench-data lint format type check readme clean
+.PHONY: help install prepare train test test-faults test-slow tensorboard compare bench bench-scaling bench-data lint format type check readme schema clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -69,6 +69,9 @@ check: lint type test  ## all static checks and the tests
 
 readme: install  ## write the README's table of settings anew
 	$(BIN)/python tests/readme_settings.py
+
+schema: install  ## write the schemas of configs anew, by which editors complete and check keys
+	$(BIN)/python -m tests.config_schemas
 
 clean:  ## remove the environment and caches; runs and prepared data stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

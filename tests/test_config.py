@@ -1,16 +1,21 @@
 """Settings: strict, all mistakes in one line, nothing declared that nobody reads."""
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 
 from dist_train.config import Settings, describe_settings, may_change
 from dist_train.config_file import load_settings
 from dist_train.data.manifest import source_identity
 from dist_train.errors import UserError
+from tests.config_schemas import FOLDER, SCHEMAS, schema_of
 from tests.readme_settings import settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -197,3 +202,24 @@ def test_derived_seeds_differ_by_purpose_step_and_seed(tiny: Callable[..., Setti
     assert len(set(seeds)) == len(seeds)
     assert run.derive_seed("dropout", 0, 1) == seeds[3]
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ---- schemas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.name)
+def test_a_schema_is_that_of_the_code(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == schema_of(SCHEMAS[path]), "make schema"
+
+
+@pytest.mark.parametrize("config", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_names_its_schema_in_its_first_line_and_fits_it(config: Path) -> None:
+    text = config.read_text(encoding="utf-8")
+    schema = FOLDER / text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    jsonschema.validate(yaml.safe_load(text), json.loads(schema.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("mistake", [{"loss": {"last_q": 1}}, {"loss": {"last_k": 0}}, {"data": {"source": "attic"}}])
+def test_a_schema_finds_mistakes(mistake: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(mistake, json.loads(schema_of(Settings)))

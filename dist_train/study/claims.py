@@ -1,11 +1,11 @@
 """The recipe's claims as measurements: pairs of runs that differ in one thing, and what all pairs say together."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dist_train.study.grid import Cell, short_keys
+from dist_train.study.grid import Cell, described
 from dist_train.study.learning import Curve
 from dist_train.study.measures import Measures
 from dist_train.study.objectives import FINAL
@@ -97,11 +97,6 @@ def _where(first: Cell, second: Cell) -> str:
     """Say what the two have in common of all that varies, but for the seed."""
     shared = {key: value for key, value in first.varying.items() if second.varying[key] == value}
     return described({key: value for key, value in shared.items() if key != "run.seed"})
-
-
-def described(varying: Mapping[str, Any]) -> str:
-    """Return e.g. `corpus book, dropout 0.1`."""
-    return ", ".join(f"{key} {value}" for key, value in zip(short_keys(varying), varying.values(), strict=True))
 
 
 def _verdict(claim: Claim, effects: list[float]) -> dict[str, Any]:

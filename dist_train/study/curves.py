@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.study.grid import short_keys
+from dist_train.study.grid import described
 from dist_train.study.learning import read_curve, read_metrics
 
 Row = dict[str, Any]
@@ -23,7 +23,7 @@ class Group:
     number: int
     """Of the objective among all of the report's: the same colour and marker everywhere."""
     where: str
-    """The other settings that vary, as `book, dropout 0.1`; empty if none do."""
+    """The other settings that vary, as `corpus book, dropout 0.1`; empty if none do."""
     cells: Sequence[Row]
 
     @property
@@ -83,7 +83,7 @@ def groups_of(cells: Sequence[Row]) -> list[Group]:
     objectives = list(dict.fromkeys(cell["objective"] for cell in cells))
     together: dict[tuple[str, str], list[Row]] = {}
     for cell in cells:
-        together.setdefault((_where(cell), cell["objective"]), []).append(cell)
+        together.setdefault((described(_rest(cell)), cell["objective"]), []).append(cell)
     return [Group(objective, objectives.index(objective), where, runs) for (where, objective), runs in together.items()]
 
 
@@ -115,15 +115,6 @@ def _rest(cell: Row) -> dict[str, Any]:
 
 def _is_corpus(key: str) -> bool:
     return key.startswith("data.") or key == "corpus"
-
-
-def _where(cell: Row) -> str:
-    rest = _rest(cell)
-    # A corpus is known by its name.
-    return ", ".join(
-        str(value) if _is_corpus(key) else f"{short} {value}"
-        for (key, value), short in zip(rest.items(), short_keys(rest), strict=True)
-    )
 
 
 def _beside_corpus(group: Group) -> dict[str, Any]:

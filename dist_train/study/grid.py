@@ -143,6 +143,11 @@ def cell_name(varying: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.+=,-]", "_", ",".join(pairs))
 
 
+def described(varying: Mapping[str, Any]) -> str:
+    """Return e.g. `corpus book, dropout 0.1`."""
+    return ", ".join(f"{key} {value}" for key, value in zip(short_keys(varying), varying.values(), strict=True))
+
+
 def short_keys(keys: Iterable[str]) -> list[str]:
     """Return `section.key` without its section wherever the key alone tells it apart."""
     last_parts = [key.rpartition(".")[2] for key in keys]

@@ -9,9 +9,9 @@ from typing import Any
 
 from dist_train.errors import StorageError
 from dist_train.storage import write_results
-from dist_train.study.claims import Measured, described
+from dist_train.study.claims import Measured
 from dist_train.study.figures import figures
-from dist_train.study.grid import Cell, Grid, cell_name
+from dist_train.study.grid import Cell, Grid, described
 from dist_train.study.learning import BUDGETS, LOSSES, read_curve
 from dist_train.study.markdown import print_report, write_markdown
 from dist_train.study.measures import measure
@@ -89,12 +89,10 @@ def _measured(cell: Cell) -> Measured:
 
 
 def _row(run: Measured) -> dict[str, Any]:
-    others = {key: value for key, value in run.cell.varying.items() if key != "run.seed"}
     return {
         "settings": run.cell.varying,
         "folder": str(run.cell.folder),
         "objective": run.objective,
-        "group": cell_name(others),
         "measures": run.measures,
     }
 

@@ -64,7 +64,7 @@ def text_suite(trained: Trained, source: str | None = None) -> dict[str, Any]:
     `LossError` if the network has diverged.
     """
     if source is not None:
-        raise UserError(f"source: text reads the run's own held-out text, not {source}; leave it out")
+        raise UserError(f"--suite: text reads the run's own held-out text, not {source}; give the name alone")
     settings = trained.settings
     reference = shared_reference(settings.data, settings.model.block_size, trained.data.fingerprint)
     generator = torch.Generator().manual_seed(settings.run.derive_seed("text quality"))

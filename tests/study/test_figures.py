@@ -200,8 +200,8 @@ def test_curves_are_shown_where_most_objectives_are_and_for_each_corpus() -> Non
     ]
     groups = groups_of([{"objective": name, "settings": settings} for name, settings in varied])
     places = main_places(groups)
-    assert list(places) == ["book, dropout 0.1", "web, dropout 0.1"]
-    assert [group.objective for group in places["book, dropout 0.1"]] == ["final token", "all tokens"]
+    assert list(places) == ["corpus book, dropout 0.1", "corpus web, dropout 0.1"]
+    assert [group.objective for group in places["corpus book, dropout 0.1"]] == ["final token", "all tokens"]
     assert groups[-1].corpus == "web"
 
 

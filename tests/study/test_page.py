@@ -64,6 +64,13 @@ def report(tmp_path: Path) -> dict[str, Any]:
         for where in ("book", "web")
         for name in ("final token", "all tokens")
     ]
+    costs = {"updates": estimate(120), "supervised tokens": estimate(7680), "FLOPs": estimate(6e10), "seconds": None}
+    report["needed"] = [
+        {"loss": loss, "target": target, "where": "book", "group": name, **costs}
+        for loss in losses
+        for target in (2.9, 2.4)
+        for name in ("final token", "all tokens")
+    ]
     report["trade_off"]["rows"] = [{"property": "noise", "unit": "nats", "values": [estimate(0.25), None]}]
     return report
 
@@ -149,6 +156,13 @@ def test_each_claim_has_its_effect_interval_verdict_and_figure(page: str) -> Non
 
 def test_numbers_stand_in_the_place_of_adjectives_and_a_dash_where_there_are_none(page: str) -> None:
     assert "noise nats 0.250 0.150 … 0.350 –" in text_of(page)
+
+
+def test_what_it_takes_to_reach_a_loss_is_listed_by_loss_and_target(page: str) -> None:
+    read = text_of(page)
+    rows = "final token 120 120 … 120 7,680 7,680 … 7,680 6.00 × 10¹⁰ 6.00 × 10¹⁰ … 6.00 × 10¹⁰ not reached"
+    assert f"final token 2.90 nats {rows}" in read, read
+    assert read.count("not reached") == 2 * 2 * 2
 
 
 def test_losses_at_equal_cost_are_listed_by_budget(page: str) -> None:

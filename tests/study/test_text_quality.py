@@ -183,7 +183,9 @@ def test_held_out_text_that_is_too_short_or_a_source_is_a_mistake(
     trained = open_trained(tmp_path / "run", "cpu")
     with pytest.raises(UserError, match=r"data\.dir: .*short holds out 5\d\d tokens, .* needs 672; .*val_fraction"):
         text_suite(trained)
-    with pytest.raises(UserError, match=r"text reads the run's own held-out text, not lambada\.jsonl; leave it out"):
+    with pytest.raises(
+        UserError, match=r"text reads the run's own held-out text, not lambada\.jsonl; give the name alone"
+    ):
         text_suite(trained, "lambada.jsonl")
 
 

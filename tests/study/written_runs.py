@@ -52,7 +52,6 @@ def write_report(folder: Path, objectives: Mapping[str, int], n_seeds: int = 2) 
             "settings": {"loss.last_k": last_k, "run.seed": seed},
             "folder": str(write_run(folder / f"{last_k}-{seed}", 2 + last_k / 10 + seed / 50, last_k=last_k)),
             "objective": name,
-            "group": f"last_k={last_k}",
             "measures": {
                 "train_loss_noise": 0.3 / last_k**0.5,
                 "step_seconds": 0.5,
