@@ -16,6 +16,8 @@ from dist_train.study.statistics import Mean
 Lines = list[list[str]]
 """A table: a heading and rows of text."""
 
+_FILE_COLUMNS = 120
+
 _HOW_JUDGED = (
     "Pairs of runs differ in one thing and share their seed; intervals are Student's, 95 %, over pairs. A claim is "
     "decided where its interval leaves no difference out: 0 or, for a ratio, 1. All seeds are judged on the same "
@@ -54,12 +56,17 @@ def write_markdown(report: dict[str, Any], figures: dict[str, Figure], folder: P
 def print_report(report: dict[str, Any]) -> None:
     """Print what is traded for what, and every claim with its verdict."""
     console = Console(highlight=False)
-    heading, *lines = _trade_off_lines(report["trade_off"])
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title="means over seeds, 95 % intervals")
-    for number, name in enumerate(heading):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
+    if not console.is_terminal:  # what goes into a file need not fit into 80 columns
+        console.width = _FILE_COLUMNS
+    trade_off = report["trade_off"]
+    title = f"means over seeds, {trade_off['where']}" if trade_off["where"] else "means over seeds"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    for place, name in enumerate(["", *trade_off["columns"]]):
+        table.add_column(name, justify="right" if place else "left")
+    for row in trade_off["rows"]:
+        # Without intervals, for which a terminal has no room beside each other.
+        values = ("–" if value is None else number(value["value"]) for value in row["values"])
+        table.add_row(f"{row['property']} ({row['unit']})", *values)
     console.print(table)
     for verdict, claim, where, effect, interval, unit in _claim_lines(report["claims"])[1:]:
         text = f"[bold]{verdict}[/bold]: {claim}{f' ({where})' if where else ''}"
