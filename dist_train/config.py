@@ -138,11 +138,14 @@ class OptimSettings(Section):
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end of a `cosine` schedule."""
+    """Learning rate at the end of a `cosine` or `wsd` schedule."""
     warmup_iters: NonNegativeInt = 0
     """Iterations over which the learning rate rises linearly to its peak."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """What follows the warm-up."""
+    lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """What follows the warm-up: `constant`, half a `cosine`, or `wsd` (warm-up, stable, decay): constant and then down
+    on a straight line; until then it does not depend on `train.max_iters`."""
+    decay_iters: Count | None = None
+    """For `wsd`: iterations of the decay. null: a fifth of all."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     decay: Literal["all", "matrices"] = "all"
@@ -252,11 +255,13 @@ class Settings(Section):
             mistakes.append("data.max_documents does not bound data.source: shards; use data.max_tokens")
         if self.data.source == "shards" and self.data.shard_format != "llm.c":
             mistakes.append("data.source: shards takes llm.c's format; point data.dir at headerless shards themselves")
-        if self.optim.lr_schedule == "cosine" and self.optim.warmup_iters >= self.train.max_iters:
+        if self.optim.lr_schedule != "constant" and self.optim.warmup_iters >= self.train.max_iters:
             mistakes.append(
                 f"optim.warmup_iters={self.optim.warmup_iters} leaves nothing of "
                 f"train.max_iters={self.train.max_iters}; lower it"
             )
+        if self.optim.decay_iters is not None and self.optim.lr_schedule != "wsd":
+            mistakes.append("optim.decay_iters goes with optim.lr_schedule: wsd")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

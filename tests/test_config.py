@@ -161,6 +161,7 @@ def test_scalars_are_read_as_yaml_1_2_has_them(tmp_path: Path) -> None:
         ("data: {source: files}", "data.path"),
         ("data: {source: book}", "data.source"),
         ("optim: {lr_schedule: cosine, warmup_iters: 5}\ntrain: {max_iters: 5}", "optim.warmup_iters=5"),
+        ("optim: {lr_schedule: cosine, decay_iters: 5}", "optim.decay_iters goes with optim.lr_schedule: wsd"),
         ("model: {dropout: 1.0}", "model.dropout"),
         ("run: {out_dir: null}", "run.out_dir"),
     ],

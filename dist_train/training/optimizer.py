@@ -9,13 +9,21 @@ from dist_train.config import OptimSettings
 
 
 def learning_rate(step: int, settings: OptimSettings, max_iters: int) -> float:
-    """Return the learning rate of update number `step` (from 0): linear warm-up, then constant or half a cosine."""
+    """Return the learning rate of update number `step` (from 0): linear warm-up, then what `lr_schedule` says.
+
+    A decay begins at the peak and has its last update at `min_lr`; where it is longer than what the warm-up leaves, it
+    follows that at once.
+    """
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / settings.warmup_iters
-    if settings.lr_schedule == "constant":
+    first = settings.warmup_iters
+    if settings.lr_schedule == "wsd":
+        first = max(first, max_iters - (settings.decay_iters or max(1, max_iters // 5)))
+    if settings.lr_schedule == "constant" or step < first:
         return settings.learning_rate
-    progress = (step - settings.warmup_iters) / max(1, max_iters - 1 - settings.warmup_iters)
-    return settings.min_lr + (settings.learning_rate - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = (step - first) / max(1, max_iters - 1 - first)
+    share = 1 - progress if settings.lr_schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.min_lr + (settings.learning_rate - settings.min_lr) * share
 
 
 def build_optimizer(network: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:

@@ -119,7 +119,7 @@ VALID = st.fixed_dictionaries(
         "model.logit_scale": st.floats(1e-9, 1e9) | st.just("rsqrt_n_embd"),
         "loss.last_k": st.integers(1, 256) | st.just("all"),
         "optim.learning_rate": st.floats(1e-12, 1e3),
-        "optim.lr_schedule": st.sampled_from(["constant", "cosine"]),
+        "optim.lr_schedule": st.sampled_from(["constant", "cosine", "wsd"]),
         "optim.grad_clip": st.none() | st.floats(1e-9, 1e9),
         "train.max_iters": COUNT,
         "sample.prompt": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20),

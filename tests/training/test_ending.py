@@ -150,6 +150,25 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_before_the_update_and
     assert len(losses(tmp_path / "run")) == 6
 
 
+# Like `python -m dist_train`, on a machine with less memory.
+_WITH_2_GIB = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+from dist_train.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_too_little_memory_is_said_with_what_helps(tiny_arguments: Arguments, tmp_path: Path) -> None:
+    large = {"loss.last_k": 4, "train.global_batch_size": 1 << 15, "eval.batches": 1}
+    statuses, (errors,) = finish(start_together([tiny_arguments(large)], program=["-c", _WITH_2_GIB]))
+    assert statuses == [2], errors
+    assert errors.startswith("error: out of memory with 32768 sequences of 16 tokens at once on a process")
+    assert "the loss sees the last 4; use --train.micro_batch_size=16384" in errors
+    assert errors.count("\n") == 1
+    assert status_of(tmp_path / "run") == ("failed", 2, 0)
+
+
 # Like `python -m dist_train`, but gloo's threads take their time to forget a reduction that is done.
 _FORGETS_SLOWLY = """
 import sys, time

@@ -21,6 +21,11 @@ from dist_train.training.optimizer import build_optimizer, learning_rate, set_le
         ("cosine", 0, 99, 0.2),
         ("cosine", 10, 99, 0.2),
         ("cosine", 99, 99, 1.0),
+        ("wsd", 10, 4, 0.5),
+        ("wsd", 10, 79, 1.0),
+        ("wsd", 10, 80, 1.0),
+        ("wsd", 10, 99, 0.2),
+        ("wsd", 90, 99, 0.2),
     ],
 )
 def test_learning_rate_by_table(schedule: str, warmup: int, step: int, expected: float) -> None:
@@ -28,6 +33,12 @@ def test_learning_rate_by_table(schedule: str, warmup: int, step: int, expected:
         {"learning_rate": 1.0, "min_lr": 0.2, "warmup_iters": warmup, "lr_schedule": schedule}
     )
     assert learning_rate(step, settings, max_iters=100) == pytest.approx(expected)
+
+
+def test_a_stable_schedule_decays_on_a_line_and_is_the_longer_one_until_then() -> None:
+    settings = OptimSettings(learning_rate=1.0, lr_schedule="wsd", decay_iters=5)
+    assert [learning_rate(step, settings, max_iters=10) for step in range(10)] == [1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert [learning_rate(step, settings, max_iters=20) for step in range(15)] == [1] * 15
 
 
 @pytest.mark.parametrize("decay", ["all", "matrices"])
