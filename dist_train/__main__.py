@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_train.commands import COMMANDS
-from dist_train.config import describe_settings
+from dist_train.config_help import describe_settings
 from dist_train.errors import DistTrainError, StorageError, UserError, one_line
 from dist_train.worker import end_with_launcher
 

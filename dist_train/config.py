@@ -1,18 +1,17 @@
 """Every setting once, with its meaning, unit, bounds and default.
 
-A field's docstring is its help: `--help` and the README's table come from here.
+A field's docstring is its help: `--help` and the README's table come from here, by `config_help.py`.
 Imports no other room and no torch, so that `--help` answers at once.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from dist_train.setting_types import Adjustable, Count, FilePath, Section, fit_file_system, is_adjustable
+from dist_train.setting_types import Adjustable, Count, FilePath, Section, fit_file_system
 
 
 class RunSettings(Section):
@@ -279,20 +278,3 @@ class Settings(Section):
     def to_yaml(self) -> str:
         """Return the settings as YAML that loads to the same settings."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-# ---- describing ------------------------------------------------------------------------------------------------------
-
-
-def describe_settings() -> Iterator[tuple[str, str, str]]:
-    """Yield `(section.key, default, meaning)` of every setting, in order: what `--help` and the README show."""
-    for section, outer in Settings.model_fields.items():
-        for key, field in outer.annotation.model_fields.items():  # type: ignore[union-attr]
-            default = "derived" if field.is_required() else json.dumps(field.default)
-            yield f"{section}.{key}", default, " ".join((field.description or "").split())
-
-
-def may_change(dotted: str) -> bool:
-    """Tell whether the setting `section.key` may change when a run is continued."""
-    section, _, key = dotted.partition(".")
-    return is_adjustable(Settings.model_fields[section].annotation.model_fields[key])  # type: ignore[union-attr]

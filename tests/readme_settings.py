@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dist_train.config import describe_settings, may_change
+from dist_train.config_help import describe_settings, may_change
 
 README = Path(__file__).parents[1] / "README.md"
 

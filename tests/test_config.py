@@ -11,8 +11,9 @@ import jsonschema
 import pytest
 import yaml
 
-from dist_train.config import Settings, describe_settings, may_change
+from dist_train.config import Settings
 from dist_train.config_file import load_settings
+from dist_train.config_help import describe_settings, may_change
 from dist_train.data.manifest import source_identity
 from dist_train.errors import UserError
 from tests.config_schemas import FOLDER, SCHEMAS, schema_of

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dist_train"
-BASE = {"config", "errors", "storage", "worker"}
+BASE = {"config", "config_help", "errors", "storage", "worker"}
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
     "worker": set(),
     "setting_types": set(),
     "config": {"setting_types"},
+    "config_help": {"config", "setting_types"},
     "yaml_file": {"errors", "storage"},
     "config_file": BASE | {"yaml_file"},
     "data": BASE | {"data"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import describe_settings
+from dist_train.config_help import describe_settings
 from tests.conftest import ROOT, metrics, run_command, run_torchrun
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

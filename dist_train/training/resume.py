@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import Settings, may_change
+from dist_train.config import Settings
+from dist_train.config_help import may_change
 from dist_train.errors import UserError, one_line
 from dist_train.runtime.parallel import Replica
 from dist_train.training.checkpoint import (

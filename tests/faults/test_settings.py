@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from dist_train.__main__ import main
-from dist_train.config import describe_settings
+from dist_train.config_help import describe_settings
 from tests.faults.conftest import cases
 
 ROW = "fuzzed settings: loaded, or status 2 in one line"
