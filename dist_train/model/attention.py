@@ -18,7 +18,7 @@ def last_attention(network: GPT, tokens_BT: Tensor) -> Tensor:
     """
     weights_LBHT: list[Tensor] = []
 
-    def look(attention: Attention, inputs: tuple[Tensor, int]) -> None:
+    def look(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
         query_BH1E, key_BHTE, _ = attention.heads(inputs[0], last_k=1)
         weights_LBHT.append(_weights(query_BH1E, key_BHTE))
 

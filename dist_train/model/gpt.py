@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dist_train.config import ModelSettings
 from dist_train.errors import UserError, require_same_device
 from dist_train.model.dropout import Dropout, attend
+from dist_train.model.past import Past
 
 
 class Attention(nn.Module):
@@ -27,10 +28,12 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(settings.n_embd, 3 * settings.n_embd, bias=settings.bias)
         self.project = nn.Linear(settings.n_embd, settings.n_embd, bias=settings.bias)
 
-    def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
-        """Return [B, S, D] for the last S = `last_k` positions of `x_BTD`."""
+    def forward(self, x_BTD: Tensor, last_k: int, past: Past | None = None) -> Tensor:
+        """Return [B, S, D] for the last S = `last_k` positions of `x_BTD`, which follow on `past`."""
+        heads = self.heads(x_BTD, last_k)
         # The functional form does not know eval(): dropout has to follow the module's state here.
-        attended_BHSE = self.attend(*self.heads(x_BTD, last_k), self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        attended_BHSE = past.attend(self, *heads) if past else self.attend(*heads, dropout)
         return self.project(attended_BHSE.transpose(1, 2).flatten(2))
 
     def heads(self, x_BTD: Tensor, last_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,10 +84,10 @@ class Block(nn.Module):
         self.mlp = MLP(settings)
         self.dropout = Dropout(settings.dropout)
 
-    def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, last_k: int, past: Past | None = None) -> Tensor:
         """Return the residual stream [B, S, D] of the last S = `last_k` positions."""
         x_BSD = x_BTD[:, x_BTD.size(1) - last_k :]
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BTD), last_k))
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BTD), last_k, past))
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
 
 
@@ -103,25 +106,26 @@ class GPT(nn.Module):
         scale = settings.logit_scale
         self.logit_scale = settings.n_embd**-0.5 if scale == "rsqrt_n_embd" else float(scale)
 
-    def forward(self, tokens_BT: Tensor, last_k: int) -> Tensor:
+    def forward(self, tokens_BT: Tensor, last_k: int, past: Past | None = None) -> Tensor:
         """Return the logits [B, S, V] of the last S = `last_k` of the T positions of `tokens_BT` (int64).
 
+        With a `past` the tokens follow on those that it has seen, and it has seen them afterwards: for sampling.
         Raises `UserError` if the tokens are on another device than the weights, or longer than the context.
         """
-        return self.logits(self.hidden(tokens_BT, last_k))
+        return self.logits(self.hidden(tokens_BT, last_k, past))
 
-    def hidden(self, tokens_BT: Tensor, last_k: int) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, last_k: int, past: Past | None = None) -> Tensor:
         """Return the head's input [B, S, D] at the last S = `last_k` positions: the normed residual stream, scaled."""
         T = tokens_BT.size(1)
         require_same_device(model=self.token_embedding.weight, batch=tokens_BT)
         if not 1 <= last_k <= T <= self.settings.block_size:
             raise UserError(f"last_k={last_k} of {T} tokens with block_size={self.settings.block_size} does not fit")
-        positions_T = torch.arange(T, device=tokens_BT.device)
+        positions_T = past.extend(T, tokens_BT.device) if past else torch.arange(T, device=tokens_BT.device)
         x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
         for block in self.blocks[:-1]:
-            x_BTD = block(x_BTD, T)
+            x_BTD = block(x_BTD, T, past)
         # Scaling D numbers per position instead of V logits is the same product and costs nothing.
-        return self.final_norm(self.blocks[-1](x_BTD, last_k)) * self.logit_scale
+        return self.final_norm(self.blocks[-1](x_BTD, last_k, past)) * self.logit_scale
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Return logits [..., V] for `hidden_BSD` [..., D]; rows that pad the vocabulary are left out of them."""

@@ -21,7 +21,7 @@ from dist_train.data.shards import TokenStream
 from dist_train.data.tokenizer import END_OF_TEXT, decode, load_tokenizer
 from dist_train.data.windows import evenly_spaced
 from dist_train.errors import UserError
-from dist_train.model.generation import generate_batch
+from dist_train.model.generation import Sampling, generate_batch
 from dist_train.study.ngrams import CharacterModel
 from dist_train.study.statistics import Estimate
 from dist_train.study.text_measures import KnownWords, collapsed, measure_texts
@@ -69,7 +69,9 @@ def text_suite(trained: Trained, source: str | None = None) -> dict[str, Any]:
     reference = shared_reference(settings.data, settings.model.block_size, trained.data.fingerprint)
     generator = torch.Generator().manual_seed(settings.run.derive_seed("text quality"))
     with trained.replica.inference():
-        tokens_BT = generate_batch(trained.network, reference.prompts_BT, SAMPLE_TOKENS, TEMPERATURE, generator)
+        tokens_BT = generate_batch(
+            trained.network, reference.prompts_BT, SAMPLE_TOKENS, Sampling(TEMPERATURE), generator
+        )
     texts = [_text(trained.encoding, row[-SAMPLE_TOKENS:].tolist()) for row in tokens_BT]
     shown = list(zip(reference.prompts, texts, reference.humans, strict=True))[:: -(-len(texts) // SHOWN_SAMPLES)]
     return {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_train.config import Settings
 from dist_train.data.tokenizer import decode, end_of_text
-from dist_train.model.generation import generate
+from dist_train.model.generation import Sampling, generate
 from dist_train.model.gpt import GPT
 from dist_train.runtime.faults import strike
 from dist_train.runtime.process import naming_lost_peers, start_process
@@ -163,5 +163,5 @@ def _sample(run: Run, step: int) -> str:
     prompt = run.encoding.encode_ordinary(sample.prompt) or [end_of_text(run.encoding)]
     generator = torch.Generator().manual_seed(run.settings.run.derive_seed("sample", step))
     with run.replica.inference():
-        tokens = generate(run.replica.network, prompt, sample.max_new_tokens, sample.temperature, generator)
+        tokens = generate(run.replica.network, prompt, sample.max_new_tokens, Sampling(sample.temperature), generator)
     return decode(run.encoding, tokens)
