@@ -129,6 +129,14 @@ def _load_run(run: Path, overrides: Sequence[str]) -> Path:
     return run
 
 
+def _export(folder: Path, saved: Path) -> None:
+    """write a run's newest checkpoint, or one given by its folder, as a folder that Hugging Face's libraries load"""
+    from dist_train.study.export import export
+
+    step = export(saved, folder)
+    print(f"{folder} has the network as it is after {step} updates; AutoModelForCausalLM.from_pretrained loads it")
+
+
 class Command(NamedTuple):
     """A command, and how it is called."""
 
@@ -219,6 +227,14 @@ COMMANDS = {
     ),
     "inspect": Command(
         _inspect, _load_run, _RUN_HELP, usage="RUN [--device DEVICE]", metavar="RUN", options=_DEVICE_OPTION
+    ),
+    "export": Command(
+        _export,
+        _load_run,
+        "the folder to write, which may not be there yet, or is empty",
+        usage="RUN DIR",
+        metavar="DIR",
+        options={"saved": {"type": Path, "metavar": "RUN", "help": f"{_RUN_HELP}, or of one checkpoint in it"}},
     ),
     "bench": Command(_bench),
     "bench-data": Command(_bench_data),

@@ -95,6 +95,9 @@ class ModelSettings(Section):
     initialization: Literal["model5", "gpt2"] = "gpt2"
     """`model5`: linear N(0, 0.02), embeddings Xavier normal. `gpt2`: all N(0, 0.02), residual projections smaller
     by the square root of 2 `n_layer`."""
+    init_from: Annotated[str | None, AfterValidator(fit_file_system)] = None
+    """Weights to start from in place of that: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl` from the hub, a folder
+    in Hugging Face's GPT-2 format, or one of a run or checkpoint. The settings above have to fit them."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelSettings":

@@ -119,6 +119,11 @@ def last_cut(text: str) -> int:
     return len(text)
 
 
+def cuts_like_gpt2(encoding: tiktoken.Encoding) -> bool:
+    """Tell whether `encoding` cuts text into the pieces that GPT-2's does."""
+    return encoding._pat_str == _GPT2_PATTERN
+
+
 def end_of_text(encoding: tiktoken.Encoding) -> int:
     """Return the id of `<|endoftext|>`."""
     return encoding.encode_single_token(END_OF_TEXT)

@@ -15,11 +15,14 @@ from dist_train.data.tokenizer import load_tokenizer
 from dist_train.data.windows import Windows
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT, build
+from dist_train.model.pretrained import Weights, load, require_fit
 from dist_train.runtime.parallel import Replica, micro_batch_size
 from dist_train.runtime.process import Process
+from dist_train.training.checkpoint import checkpoints_in
 from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.curriculum import last_k_at
 from dist_train.training.evaluation import Evaluator
+from dist_train.training.initial_weights import bit_sums, open_weights
 from dist_train.training.loss import LastKLoss
 from dist_train.training.meter import Meter
 from dist_train.training.optimizer import build_optimizer
@@ -68,13 +71,15 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
     process.together(lambda: _refuse(settings, process, folder))
     # Before anything is built of them: DDP has its own, less readable answer to networks of different shapes.
     _require_agreement(process, {**settings.by_key(), "code": code_hash(), "torch": torch.__version__})
+    weights = process.together(lambda: _open_weights(settings, folder))
     process.on_main(lambda: require_data(settings))
     encoding, data = process.together(lambda: (load_tokenizer(settings.data.tokenizer), open_tokens(settings.data)))
     _require_agreement(process, {"data": data.fingerprint})
     windows, evaluator = process.together(
         lambda: (windows_of(settings, data), Evaluator(settings, data.val, encoding.n_vocab, process))
     )
-    network = build(settings.model, encoding.n_vocab, settings.run.derive_seed("weights"), process.device)
+    network = process.together(lambda: _build_network(settings, encoding.n_vocab, weights, process.device))
+    _require_agreement(process, {"weights to start from": weights and sum(bit_sums(network).values())})
     learner = build_learner(settings, process, data, windows, network, LastKLoss(network))
     meter = Meter(settings, network.token_embedding.num_embeddings, process, learner.replica.precision)
 
@@ -112,6 +117,25 @@ def _refuse(settings: Settings, process: Process, folder: RunFolder) -> None:
     micro_batch_size(settings.train, process.world_size)
     if settings.checkpoint.resume == "never" and folder.has_run():
         raise UserError(f"run.out_dir: {folder.root} has a run and checkpoint.resume is never; choose another folder")
+
+
+def _open_weights(settings: Settings, folder: RunFolder) -> Weights | None:
+    """Return what a new run is to start from, None for one that goes on or starts from chance.
+
+    Before data is prepared, which may take hours. Raises `UserError` unless the weights fit the settings.
+    """
+    if settings.model.init_from is None or checkpoints_in(folder.checkpoints):
+        return None
+    weights = open_weights(settings.model.init_from)
+    require_fit(weights, settings.model, load_tokenizer(settings.data.tokenizer).n_vocab)
+    return weights
+
+
+def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, device: torch.device) -> GPT:
+    network = build(settings.model, n_vocab, settings.run.derive_seed("weights"), device)
+    if weights:
+        load(network, weights)
+    return network
 
 
 def _open_folder(

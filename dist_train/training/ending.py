@@ -6,12 +6,11 @@ All processes end together and by the same status, each of which they agree on f
 from enum import IntEnum
 from typing import NoReturn
 
-import torch
-
 from dist_train.data.windows import samples_of
 from dist_train.errors import LossError, ProcessLostError, StoppedError
 from dist_train.runtime.stop import Stop
 from dist_train.training.assembly import Run
+from dist_train.training.initial_weights import bit_sums
 from dist_train.training.meter import Impossible
 
 
@@ -67,14 +66,12 @@ def raise_impossible(run: Run, impossible: Impossible) -> NoReturn:
 def require_same_weights(run: Run, step: int) -> None:
     """Raise `ProcessLostError` if a process's copy of the weights is not the first one's to the last bit.
 
-    Averaged gradients keep equal copies equal, but do not notice those that are not: a flipped bit, say. One pass
-    over the weights: the sum of their bit patterns, whose order does not matter, so that it is the same everywhere.
+    Averaged gradients keep equal copies equal, but do not notice those that are not: a flipped bit, say.
     """
     if run.process.world_size == 1:
         return
-    state = run.replica.network.state_dict()
-    sums = torch.stack([tensor.view(torch.int32).sum(dtype=torch.int64) for tensor in state.values()]).tolist()
-    if differing := run.process.disagreement({f"sum of {name}": bits for name, bits in zip(state, sums, strict=True)}):
+    sums = {f"sum of {name}": bits for name, bits in bit_sums(run.replica.network).items()}
+    if differing := run.process.disagreement(sums):
         lost = ProcessLostError(
             f"the processes' weights differ after step {step}: {differing}; look for broken memory there, "
             f"the same command goes on from the last checkpoint, where they were the same"

@@ -2,10 +2,10 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from dist_train.training.curriculum import last_k_at
 from dist_train.training.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Changes = dict[str, tuple[Any, Any]]
 """By `section.key`: what it was, and what it is."""
@@ -77,12 +79,23 @@ def newest_weights(folder: Path, network: nn.Module) -> Checkpoint:
 
     Raises `UserError` if there is none.
     """
+
+    def load(checkpoint: Checkpoint) -> Checkpoint:
+        network.load_state_dict(checkpoint.tensors(MODEL, network.state_dict()))
+        return checkpoint
+
+    return newest_that_holds(folder, load)
+
+
+def newest_that_holds(folder: Path, read: Callable[[Checkpoint], T]) -> T:
+    """Return what `read` makes of the newest checkpoint in `folder` of which it does not raise `DamagedError`.
+
+    Warns of newer ones. Raises `UserError` if there is none.
+    """
     found = checkpoints_in(folder)
     for path in found:
         try:
-            checkpoint = Checkpoint(path)
-            network.load_state_dict(checkpoint.tensors(MODEL, network.state_dict()))
-            return checkpoint
+            return read(Checkpoint(path))
         except DamagedError as problem:
             _warn_of_damage(path, problem)
     raise _all_damaged(folder) if found else UserError(f"{folder} has no checkpoint yet; wait for one, or train on")

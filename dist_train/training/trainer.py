@@ -123,7 +123,8 @@ def _evaluate(run: Run, step: int) -> None:
     # A curriculum's stages overlap in what they have seen; nobody counts that.
     coverage = None if settings.loss.curriculum else run.windows.target_coverage(samples, last_k)
     run.record.evaluation(step, {**vars(result), "target_coverage": coverage})
-    if step == 0 and (warning := first_loss_warning(result.loss, run.encoding.n_vocab)):
+    is_untrained = step == 0 and settings.model.init_from is None
+    if is_untrained and (warning := first_loss_warning(result.loss, run.encoding.n_vocab)):
         run.record.say(f"warning: {warning}")
     run.meter.restart_clock()
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: answers what its clients ask about datasets, and fails on demand."""
+"""A stand-in for the Hugging Face hub: answers what its clients ask about datasets and models, and fails on demand."""
 
 import hashlib
 import json
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         kind = re.fullmatch(
-            r"/(?:api/)?datasets/(?P<name>[^/]+/[^/]+)(?:/(?P<what>resolve|tree|revision)/(?P<revision>[^/]+)(?P<rest>/.*)?)?",
+            r"/(?:api/)?(?:datasets/)?(?P<name>[^/]+/[^/]+)(?:/(?P<what>resolve|tree|revision)/(?P<revision>[^/]+)(?P<rest>/.*)?)?",
             urlsplit(self.path).path,
         )
         repository = self.server.repositories.get(kind["name"]) if kind else None
