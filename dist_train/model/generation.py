@@ -1,7 +1,7 @@
 """Sampling text from a network."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ def generate_batch(
 @torch.no_grad()
 def stream(
     network: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, generator: torch.Generator
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Yield the next token of each prompt, int64 [B] on the CPU, `max_new_tokens` times, as soon as they are drawn.
 
     Prompts may differ in length; the logits are for each as if it were alone. The network sees at most the last
