@@ -38,6 +38,7 @@ def export(run: Path, folder: Path) -> int:
             (aside / name).write_text(content, encoding="utf-8")
         tensors = their_tensors(saved.tensors, saved.settings.model, saved.encoding.n_vocab)
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors lets nobody else read it
         for path in (*aside.iterdir(), aside):
             sync(path)
         os.replace(aside, folder)

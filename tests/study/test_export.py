@@ -118,6 +118,7 @@ def test_the_command_writes_a_folder_once(trained: Path, tmp_path: Path) -> None
     assert first.returncode == 0, first.stderr
     assert "after 4 updates" in first.stdout
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "who may read one file may read all"
     second = run_command("export", str(trained), str(out))
     assert (second.returncode, second.stderr) == (
         2,
