@@ -63,7 +63,7 @@ class _EveryPosition(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x_BTD: Tensor, last_k: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, last_k: int, past: None = None) -> Tensor:
         T = x_BTD.size(1)
         return self.block(x_BTD, T)[:, T - last_k :]
 
