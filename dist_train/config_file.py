@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dist_train.config import DataSettings, Settings
+from dist_train.config import Settings
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from dist_train.yaml_file import parse_yaml, read_mapping, text_problem
 
 

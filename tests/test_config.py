@@ -47,7 +47,7 @@ def test_every_setting_has_a_meaning_and_is_read_somewhere() -> None:
     read = set()
     for path in (ROOT / "dist_train").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and path.name != "config.py":
+            if isinstance(node, ast.Attribute) and path.name not in ("config.py", "sections.py"):
                 owner = node.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
                 read.add((name, node.attr))

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dist_train"
-BASE = {"config", "config_help", "errors", "storage", "worker"}
+BASE = {"config", "config_help", "sections", "setting_types", "errors", "storage", "worker"}
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
     "worker": set(),
     "setting_types": set(),
-    "config": {"setting_types"},
+    "sections": {"setting_types"},
+    "config": {"sections", "setting_types"},
     "config_help": {"config", "setting_types"},
     "yaml_file": {"errors", "storage"},
     "config_file": BASE | {"yaml_file"},
@@ -49,7 +50,7 @@ def test_package_files_are_empty_and_commands_import_rooms_inside() -> None:
     assert all(path.read_text() == "" for path in FILES if path.name == "__init__.py")
     top = [node for node in ast.parse((PACKAGE / "commands.py").read_text()).body if isinstance(node, ast.ImportFrom)]
     modules = {str(node.module) for node in top if str(node.module).startswith("dist_train.")}
-    assert modules <= {"dist_train.config", "dist_train.config_file", "dist_train.errors"}
+    assert modules <= {"dist_train.config", "dist_train.config_file", "dist_train.errors", "dist_train.sections"}
 
 
 def test_only_runtime_knows_processes_and_one_file_of_it_data_parallelism() -> None:

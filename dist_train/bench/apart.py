@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from dist_train.bench.shard_ways import Tokenized
-from dist_train.config import DataSettings
+from dist_train.sections import DataSettings
 
 
 class Block(NamedTuple):

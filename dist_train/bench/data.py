@@ -21,13 +21,14 @@ from rich.table import Table
 
 from dist_train.bench.apart import Block, run_apart
 from dist_train.bench.shard_ways import WAYS
-from dist_train.config import DataSettings, Settings
+from dist_train.config import Settings
 from dist_train.data.corpora import open_corpus
 from dist_train.data.documents import Document
 from dist_train.data.encode import count_workers
 from dist_train.data.manifest import Manifest
 from dist_train.data.shards import HEADER_BYTES, OpenShard, TokenStream
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from dist_train.storage import write_results
 
 # Blocks of all that is compared alternate, A B C A B C …, so that a machine which slows down meanwhile slows all of it.

@@ -2,8 +2,8 @@
 
 import torch
 
-from dist_train.config import ModelSettings
 from dist_train.model.gpt import Attention
+from dist_train.sections import ModelSettings
 
 # Enough that the rate's standard error stays below 0.002 where 12 heads of 64 serve a single position.
 _SEQUENCES = 32

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from dist_train.config import DataSettings
 from dist_train.data.prepare import prepare
 from dist_train.data.shards import token_dtype
 from dist_train.data.tokenizer import end_of_text, load_tokenizer
+from dist_train.sections import DataSettings
 
 _CHUNK_DOCUMENTS = 16
 """How many documents the pool hands over at once."""

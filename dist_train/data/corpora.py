@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from dist_train.config import DataSettings
 from dist_train.data.documents import Corpus, Document, gather
 from dist_train.data.files import open_files
 from dist_train.data.hub import open_fineweb
+from dist_train.sections import DataSettings
 
 
 def open_corpus(settings: DataSettings) -> Corpus:

@@ -12,12 +12,12 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from dist_train.config import DataSettings
 from dist_train.data import documents
 from dist_train.data.documents import Document, Piece, Unreadable
 from dist_train.data.shards import token_dtype
 from dist_train.data.tokenizer import encode_document, load_tokenizer
 from dist_train.errors import ProcessLostError, UserError
+from dist_train.sections import DataSettings
 from dist_train.worker import start_worker
 
 _MOST_TOKENS = 8_000_000

@@ -11,12 +11,12 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from dist_train.config import DataSettings
 from dist_train.data import documents
 from dist_train.data.documents import Corpus, Document, Piece, Texts, Unreadable, gather
 from dist_train.data.parquet import Rows, row_pieces
 from dist_train.data.tokenizer import last_cut
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 

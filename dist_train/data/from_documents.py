@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.config import DataSettings
 from dist_train.data import documents
 from dist_train.data.corpora import open_corpus
 from dist_train.data.documents import Corpus
@@ -18,6 +17,7 @@ from dist_train.data.manifest import Manifest, Split, first_difference, source_i
 from dist_train.data.progress import ProgressDisplay
 from dist_train.data.shards import OpenShard, ShardWriter, token_dtype
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 
 COMMIT_SECONDS = 5.0
 """Work that is done again after an interruption, at most. Each commit waits for the disk."""

@@ -10,10 +10,10 @@ from itertools import chain
 from threading import Thread
 from typing import Any, TypeVar
 
-from dist_train.config import DataSettings
 from dist_train.data.documents import Corpus, Document, Unreadable
 from dist_train.data.parquet import Rows, forget_open_files, row_pieces
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 
 T = TypeVar("T")
 

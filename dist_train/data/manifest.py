@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dist_train.config import DataSettings
 from dist_train.data.content import Content, contents
 from dist_train.data.shards import OpenShard, Shard, TokenStream
 from dist_train.data.tokenizer import end_of_text, fingerprint, load_tokenizer
 from dist_train.data.untrusted import read_json, require_plain_name
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from dist_train.storage import write_atomically
 
 FILE = "manifest.json"

@@ -9,7 +9,6 @@ from itertools import islice
 
 from rich import filesize
 
-from dist_train.config import DataSettings
 from dist_train.data.corpora import open_corpus
 from dist_train.data.encode import Encoder, count_workers
 from dist_train.data.from_documents import require_same
@@ -18,6 +17,7 @@ from dist_train.data.prepare import find_prepared, partial_folder
 from dist_train.data.ready_made import find_shards
 from dist_train.data.shards import HEADER_BYTES, token_dtype
 from dist_train.data.tokenizer import load_tokenizer
+from dist_train.sections import DataSettings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dist_train.config import DataSettings
 from dist_train.data.content import FILE as VERIFIED
 from dist_train.data.description import FILE as DESCRIPTION
 from dist_train.data.description import describe_once
@@ -28,6 +27,7 @@ from dist_train.data.manifest import (
 )
 from dist_train.data.ready_made import fetch_shards
 from dist_train.errors import StorageError, UserError
+from dist_train.sections import DataSettings
 from dist_train.storage import sync
 
 log = logging.getLogger(__name__)

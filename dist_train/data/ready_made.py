@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Any, NamedTuple
 
-from dist_train.config import DataSettings
 from dist_train.data.hub import commit_of, open_remote, persist
 from dist_train.data.progress import byte_bar
 from dist_train.data.shards import HEADER_BYTES, OpenShard, Shard, file_sha256, require_known, token_dtype
 from dist_train.data.tokenizer import load_tokenizer
 from dist_train.errors import StorageError, UserError
+from dist_train.sections import DataSettings
 
 _CONNECTIONS = 8
 _CHUNK_BYTES = 1 << 24

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from dist_train.config import ModelSettings
 from dist_train.errors import UserError, require_same_device
 from dist_train.model.dropout import Dropout, attend
 from dist_train.model.past import Past
+from dist_train.sections import ModelSettings
 
 
 class Attention(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from pydantic import BaseModel, Field, PositiveFloat, ValidationError
 from torch import Tensor
 
-from dist_train.config import ModelSettings
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT
+from dist_train.sections import ModelSettings
 
 # Modules of the network, and of each block: ours, theirs.
 _OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}

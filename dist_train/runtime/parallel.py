@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config import RuntimeSettings, TrainSettings
 from dist_train.errors import UserError
 from dist_train.runtime.process import Process
+from dist_train.sections import RuntimeSettings, TrainSettings
 
 
 def choose_precision(settings: RuntimeSettings, device: torch.device) -> torch.dtype:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_train.config import RuntimeSettings
 from dist_train.errors import DistTrainError, ProcessLostError
 from dist_train.runtime.device import choose_device, keep_freed_memory
 from dist_train.runtime.group import Group, backend, call_the_roll, join, leave
+from dist_train.sections import RuntimeSettings
 
 T = TypeVar("T")
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from dist_train.config import Section, Settings
+from dist_train.config import Settings
 from dist_train.config_file import load_settings
 from dist_train.errors import UserError
+from dist_train.setting_types import Section
 from dist_train.yaml_file import read_yaml
 
 _Changes = dict[str, Any]

@@ -14,7 +14,6 @@ import numpy as np
 import tiktoken
 import torch
 
-from dist_train.config import DataSettings
 from dist_train.data.batches import read_windows
 from dist_train.data.manifest import open_tokens
 from dist_train.data.shards import TokenStream
@@ -22,6 +21,7 @@ from dist_train.data.tokenizer import END_OF_TEXT, decode, load_tokenizer
 from dist_train.data.windows import evenly_spaced
 from dist_train.errors import UserError
 from dist_train.model.generation import Sampling, generate_batch
+from dist_train.sections import DataSettings
 from dist_train.study.ngrams import CharacterModel
 from dist_train.study.statistics import Estimate
 from dist_train.study.text_measures import KnownWords, collapsed, measure_texts

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from dist_train.config import OptimSettings
+from dist_train.sections import OptimSettings
 
 
 def learning_rate(step: int, settings: OptimSettings, max_iters: int) -> float:

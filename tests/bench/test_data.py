@@ -17,10 +17,11 @@ from dist_train.bench import data as benchmark
 from dist_train.bench.apart import PeakMemory, run_apart
 from dist_train.bench.data import bench_data
 from dist_train.bench.shard_ways import WAYS
-from dist_train.config import DataSettings, Settings
+from dist_train.config import Settings
 from dist_train.config_file import load_settings
 from dist_train.data.manifest import Manifest, open_tokens
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from tests.conftest import ROOT
 
 TEXTS = [f"{number} " + "the same words, " * number for number in range(1, 41)]

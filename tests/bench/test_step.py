@@ -20,13 +20,14 @@ from dist_train.bench.dropout import attention_drop_rate
 from dist_train.bench.memory import added_bytes, resident_bytes
 from dist_train.bench.plain import VARIANTS, variant_flops
 from dist_train.bench.step import bench
-from dist_train.config import ModelSettings, Settings
+from dist_train.config import Settings
 from dist_train.config_file import load_settings
 from dist_train.data.manifest import open_tokens
 from dist_train.errors import UserError
 from dist_train.model.dropout import attend
 from dist_train.model.gpt import GPT, Attention, build
 from dist_train.runtime.process import start_process
+from dist_train.sections import ModelSettings
 from dist_train.training.assembly import build_learner, windows_of
 from dist_train.training.optimizer import build_optimizer
 from dist_train.training.trainer import update

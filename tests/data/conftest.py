@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.config import DataSettings
+from dist_train.sections import DataSettings
 
 
 @pytest.fixture(scope="session")

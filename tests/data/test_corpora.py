@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.config import DataSettings
 from dist_train.data import documents
 from dist_train.data.corpora import open_corpus
 from dist_train.data.documents import Document, Piece, Unreadable
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 
 MakeSettings = Callable[..., DataSettings]
 

@@ -15,11 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dist_train.config import DataSettings
 from dist_train.data import hub
 from dist_train.data.corpora import open_corpus
 from dist_train.data.documents import Document
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from tests.data.hub_server import Hub, Repository, environment, start
 
 NEWEST, TAGGED, SCRIPT, EDU = "0123456789abcdef" * 2 + "01234567", "a" * 40, "c" * 40, "e" * 40
@@ -68,7 +68,7 @@ def server(parquet: Path) -> Iterator[Hub]:
 
 READ = """
 import hashlib, json, os, pathlib, pickle, time, urllib.request
-from dist_train.config import DataSettings
+from dist_train.sections import DataSettings
 from dist_train.data import hub
 from dist_train.errors import UserError
 
@@ -295,7 +295,7 @@ def test_no_hub_is_one_line_within_seconds(tmp_path: Path) -> None:
 OPEN = """
 import pathlib, time
 import huggingface_hub.hf_api
-from dist_train.config import DataSettings
+from dist_train.sections import DataSettings
 from dist_train.data.hub import open_fineweb
 from dist_train.errors import UserError
 

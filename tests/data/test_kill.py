@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import DataSettings
 from dist_train.data import documents
 from dist_train.data.prepare import partial_folder, prepare
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 
 # Kills processes that have everything imported, so that each moment is one of the work.
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 import pyarrow
-from dist_train.config import DataSettings
+from dist_train.sections import DataSettings
 from dist_train.data import documents, from_documents
 from dist_train.data.prepare import prepare
 

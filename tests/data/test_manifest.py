@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_train.config import DataSettings
 from dist_train.data.manifest import Manifest, is_prepared, open_tokens
 from dist_train.data.prepare import prepare
 from dist_train.data.shards import TokenStream
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from tests.data.shard_files import wait_for_clock_tick, write_llm_c
 
 MakeSettings = Callable[..., DataSettings]

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.config import DataSettings
 from dist_train.data import documents, encode, from_documents
 from dist_train.data import prepare as prepare_module
 from dist_train.data.content import FILE as VERIFIED
@@ -30,6 +29,7 @@ from dist_train.data.plan import plan
 from dist_train.data.prepare import partial_folder, prepare
 from dist_train.data.tokenizer import decode, encode_document, load_tokenizer
 from dist_train.errors import ProcessLostError, StorageError, UserError
+from dist_train.sections import DataSettings
 
 MakeSettings = Callable[..., DataSettings]
 BYTES = load_tokenizer("bytes")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_train.config import DataSettings
 from dist_train.config_file import load_settings
 from dist_train.data import ready_made
 from dist_train.data.manifest import open_tokens
@@ -19,6 +18,7 @@ from dist_train.data.prepare import prepare
 from dist_train.data.ready_made import fetch_shards
 from dist_train.data.shards import ShardWriter
 from dist_train.errors import StorageError, UserError
+from dist_train.sections import DataSettings
 from tests.data.hub_server import Hub, Repository, environment, start
 
 NEWEST, TAGGED = "b" * 40, "c" * 40
@@ -69,7 +69,7 @@ def server(shards: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -
 
 FETCH = f"""
 import json, os, pathlib, sys, time, urllib.request
-from dist_train.config import DataSettings
+from dist_train.sections import DataSettings
 from dist_train.data import hub, ready_made
 from dist_train.errors import UserError
 

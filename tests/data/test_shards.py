@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.config import DataSettings
 from dist_train.data.manifest import open_tokens
 from dist_train.data.shards import OpenShard, Shard, ShardWriter, TokenStream, token_dtype
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from tests.data.shard_files import llm_c_shard, open_stream, wait_for_clock_tick, write_llm_c
 
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")

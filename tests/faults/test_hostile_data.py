@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_train.config import DataSettings
 from dist_train.data.description import describe_once
 from dist_train.data.manifest import Manifest, open_tokens
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from tests.conftest import run_command
 from tests.faults.tokens import load, prepare_book, require_one_line
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.config import DataSettings
 from dist_train.data.batches import read_windows
 from dist_train.data.manifest import open_tokens
+from dist_train.sections import DataSettings
 from tests.conftest import ROOT
 from tests.data.shard_files import llm_c_shard, write_llm_c
 from tests.faults.conftest import cases

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.config import DataSettings
 from dist_train.data.manifest import open_tokens
 from dist_train.data.prepare import prepare
 from dist_train.data.shards import TokenStream
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 
 
 def prepare_book(folder: Path) -> DataSettings:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import ModelSettings
 from dist_train.model.attention import last_attention
 from dist_train.model.dropout import attend
 from dist_train.model.gpt import GPT, Attention, build
+from dist_train.sections import ModelSettings
 
 L, B, H, T, V = 3, 4, 2, 24, 61
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.config import ModelSettings
 from dist_train.errors import LossError, UserError
 from dist_train.model.generation import Sampling, generate, generate_batch, stream
 from dist_train.model.gpt import GPT, build
 from dist_train.model.past import Past
+from dist_train.sections import ModelSettings
 
 
 def test_sampling_follows_its_seed_and_leaves_network_and_generators_as_they_were() -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.bench.memory import added_bytes
-from dist_train.config import ModelSettings
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT, MLP, build, step_flops
+from dist_train.sections import ModelSettings
 
 T, V = 24, 61
 

@@ -9,12 +9,12 @@ import torch
 import torch.distributed
 from torch import nn
 
-from dist_train.config import ModelSettings, RuntimeSettings, TrainSettings
 from dist_train.errors import UserError
 from dist_train.model.dropout import Dropout, attend
 from dist_train.model.gpt import GPT, build
 from dist_train.runtime.parallel import Replica, choose_precision, micro_batch_size
 from dist_train.runtime.process import Process, group_of_one, start_process
+from dist_train.sections import ModelSettings, RuntimeSettings, TrainSettings
 from dist_train.training.loss import LastKLoss
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -178,7 +178,7 @@ def test_evaluating_compiles_nothing() -> None:
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from dist_train.config import RuntimeSettings
+from dist_train.sections import RuntimeSettings
 from dist_train.runtime.process import start_process
 
 def page_faults():

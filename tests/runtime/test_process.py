@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import json, os, sys, time
 import torch
-from dist_train.config import RuntimeSettings
+from dist_train.sections import RuntimeSettings
 from dist_train.errors import DistTrainError, StoppedError, StorageError
 from dist_train.runtime.process import start_process
 seen = {}

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config import ModelSettings
 from dist_train.model.gpt import GPT, build
 from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process, group_of_one
+from dist_train.sections import ModelSettings
 from dist_train.training.loss import LastKLoss
 from tests.runtime.test_parallel import ALONE, TOKENS, replica_of, small_replica
 from tests.runtime.test_process import run_processes

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dist_train.config import SampleSettings
 from dist_train.errors import UserError
+from dist_train.sections import SampleSettings
 from dist_train.study.grid import load_grid
 from tests.conftest import ROOT
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.config import DataSettings, Settings
+from dist_train.config import Settings
 from dist_train.data.manifest import TokenData, open_tokens
 from dist_train.data.prepare import prepare
 from dist_train.data.tokenizer import END_OF_TEXT, decode, load_tokenizer
 from dist_train.errors import UserError
+from dist_train.sections import DataSettings
 from dist_train.study.ngrams import CharacterModel
 from dist_train.study.statistics import Estimate
 from dist_train.study.text_measures import MEASURES, KnownWords, collapsed, measure_texts

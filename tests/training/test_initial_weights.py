@@ -12,10 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from dist_train.config import ModelSettings, Settings
+from dist_train.config import Settings
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT, build
 from dist_train.model.pretrained import load, require_fit
+from dist_train.sections import ModelSettings
 from dist_train.training.initial_weights import _COMMITS, open_weights
 from dist_train.training.trainer import train
 from tests.conftest import finish, losses, metrics, run_command, start_together

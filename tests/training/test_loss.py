@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_train.bench.memory import added_bytes
-from dist_train.config import ModelSettings
 from dist_train.errors import LossError, UserError
 from dist_train.model.gpt import GPT, build
+from dist_train.sections import ModelSettings
 from dist_train.training import loss as loss_module
 from dist_train.training.loss import LastKLoss, cross_entropy, first_loss_warning, require_possible, rows_at_once
 

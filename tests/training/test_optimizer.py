@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_train.config import ModelSettings, OptimSettings
 from dist_train.model.gpt import build
+from dist_train.sections import ModelSettings, OptimSettings
 from dist_train.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 
