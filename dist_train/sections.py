@@ -97,11 +97,22 @@ class ModelSettings(Section):
     init_from: Annotated[str | None, AfterValidator(fit_file_system)] = None
     """Weights to start from in place of that: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl` from the hub, a folder
     in Hugging Face's GPT-2 format, or one of a run or checkpoint. The settings above have to fit them."""
+    freeze: tuple[Literal["embeddings"] | NonNegativeInt, ...] = ()
+    """What does not learn: `embeddings` (the head too, which is tied to them) and blocks by number, as in
+    `[embeddings, 0, 1]`. Gradients that nothing learns from are not computed."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelSettings":
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        return self
+
+    @model_validator(mode="after")
+    def _freeze_what_is_there(self) -> "ModelSettings":
+        if missing := [block for block in self.freeze if block != "embeddings" and block >= self.n_layer]:
+            raise ValueError(
+                f"freeze: there is no block {missing[0]}; n_layer={self.n_layer} are 0 … {self.n_layer - 1}"
+            )
         return self
 
 
@@ -207,6 +218,9 @@ class RuntimeSettings(Section):
     """Autocast type; weights stay fp32. `auto`: bf16 where the hardware has it, fp16 on other GPUs, else fp32."""
     compile: Adjustable[bool] = False
     """Compile the network's blocks with `torch.compile`: slower to start; meant for GPUs, on a CPU it gains nothing."""
+    recompute_blocks: Adjustable[bool] = False
+    """Keep nothing of a block but its input, and compute the rest again in backward (activation checkpointing): far
+    less memory, a third more work."""
     gradient_reduction: Adjustable[Literal["fp32", "bf16"]] = "fp32"
     """Type in which processes add up their gradients: `bf16` sends half the bytes and rounds to three digits."""
     deterministic: Adjustable[bool] = False

@@ -53,7 +53,8 @@ class Contender:
         n_vocab = load_tokenizer(settings.data.tokenizer).n_vocab
         self._network = build(settings.model, n_vocab, settings.run.derive_seed("weights"), process.device)
         # Counted before the variant changes the network. Executed per step, over all processes.
-        self._flops = variant_flops(self._network, settings.train.global_batch_size, settings.last_k)[way.variant]
+        batch_size, recomputes = settings.train.global_batch_size, settings.runtime.recompute_blocks
+        self._flops = variant_flops(self._network, batch_size, settings.last_k, recomputes)[way.variant]
         objective = VARIANTS[way.variant](self._network)
         if way.is_plain and settings.runtime.compile:
             # As a whole, as is usual; the trainer's own blocks are compiled one by one.

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_train.model.dropout import Dropout
-from dist_train.model.gpt import GPT, Attention, Block, step_flops
+from dist_train.model.flops import step_flops
+from dist_train.model.gpt import GPT, Attention, Block
 from dist_train.training.loss import LastKLoss, cross_entropy
 
 
@@ -72,12 +73,12 @@ def _attend(query_BHSE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, dropout: f
     return F.scaled_dot_product_attention(query_BHSE, key_BHTE, value_BHTE, dropout_p=dropout, is_causal=True)
 
 
-def variant_flops(network: GPT, sequences: int, last_k: int) -> dict[str, int]:
+def variant_flops(network: GPT, sequences: int, last_k: int, recomputes: bool = False) -> dict[str, int]:
     """Return the FLOPs that each variant really executes in one step of `sequences`, as `step_flops` counts them."""
     settings, rows = network.settings, network.token_embedding.num_embeddings
 
     def flops(n_rows: int, positions: int) -> int:
-        return step_flops(settings, n_rows, sequences, positions)
+        return step_flops(settings, n_rows, sequences, positions, recomputes)
 
     T = settings.block_size
     # A head without rows costs nothing: the blocks alone.

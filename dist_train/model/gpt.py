@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import UserError, require_same_device
 from dist_train.model.dropout import Dropout, attend
@@ -52,6 +53,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers, four times as wide between them."""
 
+    recomputes = True  # the activation, in backward
+
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.expand = nn.Linear(settings.n_embd, 4 * settings.n_embd, bias=settings.bias)
@@ -62,7 +65,7 @@ class MLP(nn.Module):
         """Return [B, S, D], and keep for backward what the activation was made of rather than what it made."""
         expanded = self.expand(x_BSD)
         activated = self.activation(expanded)
-        if torch.compiler.is_compiling():  # a compiler chooses by itself what to keep
+        if not self.recomputes or torch.compiler.is_compiling():  # a compiler chooses by itself what to keep
             return self.project(activated)
         # Making it again is cheap, and it would be a fifth of all that a block keeps.
         address = activated.data_ptr()  # the hooks live on: one that named the tensor would keep it
@@ -83,9 +86,22 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         self.mlp = MLP(settings)
         self.dropout = Dropout(settings.dropout)
+        self.recomputes = False
+
+    def recompute(self) -> None:
+        """Keep nothing but the input for backward, which then computes the rest again: a third more work."""
+        # Hooks within those that drop everything would keep what these give up.
+        self.recomputes, self.mlp.recomputes = True, False
 
     def forward(self, x_BTD: Tensor, last_k: int, past: Past | None = None) -> Tensor:
         """Return the residual stream [B, S, D] of the last S = `last_k` positions."""
+        if self.recomputes and torch.is_grad_enabled():
+            # Dropout draws the same again: the generators' states are kept as well.
+            kept: Tensor = checkpoint(self._run, x_BTD, last_k, past, use_reentrant=False)
+            return kept
+        return self._run(x_BTD, last_k, past)
+
+    def _run(self, x_BTD: Tensor, last_k: int, past: Past | None) -> Tensor:
         x_BSD = x_BTD[:, x_BTD.size(1) - last_k :]
         x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BTD), last_k, past))
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
@@ -142,7 +158,23 @@ def build(settings: ModelSettings, n_vocab: int, seed: int, device: torch.device
         network = GPT(settings, n_vocab)
     network.to_empty(device="cpu")
     initialize(network, torch.Generator().manual_seed(seed))
+    _freeze(network)
     return network.to(device)
+
+
+def recompute_blocks(network: GPT) -> None:
+    """Have every block recompute, as `Block.recompute` says."""
+    for block in network.modules():
+        if isinstance(block, Block):
+            block.recompute()
+
+
+def _freeze(network: GPT) -> None:
+    """Give what `model.freeze` names no gradient: autograd then computes none of what only it would need."""
+    for part in network.settings.freeze:
+        embeddings = (network.token_embedding, network.position_embedding)
+        for module in embeddings if part == "embeddings" else (network.blocks[part],):
+            module.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -163,20 +195,3 @@ def initialize(network: GPT, generator: torch.Generator) -> None:
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
             case nn.LayerNorm():
                 module.reset_parameters()
-
-
-def step_flops(settings: ModelSettings, n_rows: int, sequences: int, last_k: int) -> int:
-    """Return the FLOPs of the matrix products in forward and backward of `sequences` × block_size tokens.
-
-    A product of m×n by n×p is 2mnp; backward costs twice the forward; the causal half of attention counts, not the
-    masked one. Only what is really computed counts: keys and values everywhere, all else of the last block and the
-    head, with its `n_rows` of the padded vocabulary, for `last_k` positions.
-    """
-    T, D, S = settings.block_size, settings.n_embd, last_k
-
-    def block(asking: int) -> int:
-        pairs = asking * T - asking * (asking - 1) // 2  # how many (query, key) pairs the causal mask leaves
-        return 2 * (2 * D * D * T + (D * D + D * D + 8 * D * D) * asking) + 4 * D * pairs
-
-    forward = (settings.n_layer - 1) * block(T) + block(S) + 2 * D * n_rows * S
-    return 3 * sequences * forward

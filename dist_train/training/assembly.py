@@ -14,7 +14,7 @@ from dist_train.data.prepare import prepare
 from dist_train.data.tokenizer import load_tokenizer
 from dist_train.data.windows import Windows
 from dist_train.errors import UserError
-from dist_train.model.gpt import GPT, build
+from dist_train.model.gpt import GPT, build, recompute_blocks
 from dist_train.model.pretrained import Weights, load, require_fit
 from dist_train.runtime.parallel import Replica, micro_batch_size
 from dist_train.runtime.process import Process
@@ -153,6 +153,8 @@ def build_learner(
 ) -> Learner:
     """Return what updates `network` by `objective`, a module around it called as `LastKLoss` is."""
     batch_size = settings.train.global_batch_size
+    if settings.runtime.recompute_blocks:
+        recompute_blocks(network)
     return Learner(
         settings=settings,
         process=process,

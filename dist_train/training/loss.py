@@ -80,14 +80,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
         precision = _precision(hidden_ND)
         hidden, weight = hidden_ND.to(precision), weight_VD.to(precision)
         loss_sum = hidden_ND.new_zeros((), dtype=torch.float32)
-        d_hidden_ND, d_weight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)
+        d_hidden_ND = torch.empty_like(hidden_ND)
+        d_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None  # not of a frozen one
         for at in range(0, len(hidden), rows):
             part = slice(at, at + rows)
             logits = hidden[part] @ weight.T
             logits[:, n_vocab:] = -math.inf
             loss_sum += _replace_by_gradient(logits, targets_N[part])
             d_hidden_ND[part] = logits @ weight
-            d_weight_VD += logits.T @ hidden[part]
+            if d_weight_VD is not None:
+                d_weight_VD += logits.T @ hidden[part]
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)
         return loss_sum
 
@@ -97,7 +99,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         """Return the gradients of hidden state and weight; a second time is an error, as they are scaled in place."""
         (factor,) = gradients
         d_hidden_ND, d_weight_VD = ctx.saved_tensors
-        return d_hidden_ND.mul_(factor), d_weight_VD.mul_(factor), None, None, None
+        return d_hidden_ND.mul_(factor), None if d_weight_VD is None else d_weight_VD.mul_(factor), None, None, None
 
 
 def _replace_by_gradient(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import Settings
-from dist_train.model.gpt import step_flops
+from dist_train.model.flops import step_flops
 from dist_train.runtime.device import peak_flops, peak_memory_bytes
 from dist_train.runtime.parallel import measured_part
 from dist_train.runtime.process import Process
@@ -56,7 +56,13 @@ class Meter:
         self._tokens_per_step = settings.train.global_batch_size * settings.model.block_size
         # The head multiplies by all rows of the embedding, those that pad the vocabulary too.
         self._flops_of = functools.cache(
-            functools.partial(step_flops, settings.model, n_rows, settings.train.global_batch_size)
+            functools.partial(
+                step_flops,
+                settings.model,
+                n_rows,
+                settings.train.global_batch_size,
+                recomputes=settings.runtime.recompute_blocks,
+            )
         )
         peak = peak_flops(process.device, precision)
         self._peak_flops = peak * process.world_size if peak else None

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.bench.memory import added_bytes
 from dist_train.errors import UserError
-from dist_train.model.gpt import GPT, MLP, build, step_flops
+from dist_train.model.flops import step_flops
+from dist_train.model.gpt import GPT, MLP, Block, build, recompute_blocks
 from dist_train.sections import ModelSettings
 
 T, V = 24, 61
@@ -188,3 +190,72 @@ def test_flops_of_model5_are_those_counted_by_hand() -> None:
     # Forward and backward of 64 × 256 tokens: all logits, and keys and values alone in the last block for k = 1.
     assert step_flops(model5, 50257, 64, 256) / 1e12 == pytest.approx(12.38, abs=0.005)
     assert step_flops(model5, 50257, 64, 1) / 1e12 == pytest.approx(8.00, abs=0.005)
+
+
+FROZEN: list[list[str | int]] = [["embeddings"], ["embeddings", 0], [1], [2], ["embeddings", 0, 1, 2]]
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_what_is_frozen_gets_no_gradient_and_all_else_the_one_it_had(frozen: list[str | int]) -> None:
+    whole, gpt = network(), network(freeze=tuple(frozen))
+    _, gradients = loss_and_gradients(whole, whole(tokens(), 2), 2)
+    _, fewer = loss_and_gradients(gpt, gpt(tokens(), 2), 2)
+    prefixes = [
+        prefix
+        for part in frozen
+        for prefix in ([f"blocks.{part}."] if isinstance(part, int) else ["token_", "position_"])
+    ]
+    assert fewer.keys() == {name for name in gradients if not name.startswith(tuple(prefixes))}
+    for name, gradient in fewer.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("frozen", [[], *FROZEN])
+def test_flops_are_those_that_torch_counts(frozen: list[str | int], recomputes: bool, dropout: float) -> None:
+    gpt = network(freeze=tuple(frozen), block_size=8, dropout=dropout).train()
+    for block in gpt.blocks:
+        assert isinstance(block, Block)
+        block.attention.attend = attend_to_what_is_seen
+    if recomputes:
+        recompute_blocks(gpt)
+    with FlopCounterMode(display=False) as counter:
+        gpt(tokens()[:, :8], 3).sum().backward()
+    assert counter.get_total_flops() == step_flops(gpt.settings, V, 3, 3, recomputes)
+
+
+def attend_to_what_is_seen(query_BHSE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, dropout: float) -> Tensor:
+    """Attend position by position: torch counts the masked half of its own attention as well."""
+    S, T = query_BHSE.size(2), key_BHTE.size(2)
+    rows = []
+    for number, query in enumerate(query_BHSE.split(1, dim=2)):
+        seen = slice(0, T - S + number + 1)
+        rows.append((query @ key_BHTE[:, :, seen].mT).softmax(dim=-1) @ value_BHTE[:, :, seen])
+    return torch.cat(rows, dim=2)
+
+
+@pytest.mark.parametrize("last_k", [1, 5, T])
+def test_recomputed_blocks_learn_the_same_bit_for_bit(last_k: int) -> None:
+    results = []
+    for recomputes in (False, True):
+        gpt = network(dropout=0.3).train()
+        if recomputes:
+            recompute_blocks(gpt)
+        torch.manual_seed(7)
+        results.append(loss_and_gradients(gpt, gpt(tokens(), last_k), last_k))
+    (loss, gradients), (loss_again, gradients_again) = results
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+def test_a_recomputed_block_keeps_little_more_than_its_input() -> None:
+    def added(n_layer: int) -> int:
+        gpt = network(n_layer=n_layer, n_embd=64, dropout=0.1, block_size=128).train()
+        recompute_blocks(gpt)
+        bytes_added = added_bytes(lambda: gpt.hidden(torch.zeros(16, 128, dtype=torch.int64), 128), torch.device("cpu"))
+        assert bytes_added is not None
+        return bytes_added
+
+    input_bytes = 4 * 16 * 128 * 64
+    assert added(6) - added(2) < 1.05 * 4 * input_bytes
