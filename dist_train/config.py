@@ -64,6 +64,8 @@ class Settings(Section):
             )
         if self.optim.decay_iters is not None and self.optim.lr_schedule != "wsd":
             mistakes.append("optim.decay_iters goes with optim.lr_schedule: wsd")
+        if self.optim.name == "muon" and self.runtime.parallel == "fsdp":
+            mistakes.append("optim.name: muon needs whole matrices, and runtime.parallel: fsdp cuts them; use ddp")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

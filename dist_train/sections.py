@@ -145,10 +145,13 @@ class LossSettings(Section):
 
 
 class OptimSettings(Section):
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon`: Muon for the blocks' matrices, with updates as large as AdamW's, and AdamW for all else."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Evaluate, sample and export an exponential moving average of the weights that looks back over 1 / (1 − this)
+    updates, over fewer at first. null: the weights themselves."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of a `cosine` or `wsd` schedule."""
     warmup_iters: NonNegativeInt = 0
@@ -221,6 +224,9 @@ class RuntimeSettings(Section):
     recompute_blocks: Adjustable[bool] = False
     """Keep nothing of a block but its input, and compute the rest again in backward (activation checkpointing): far
     less memory, a third more work."""
+    parallel: Adjustable[Literal["ddp", "fsdp"]] = "ddp"
+    """What several processes share: the batch (`ddp`), or also weights, gradients and the optimizer's state, of which
+    each then keeps a part (`fsdp`): for networks that are larger than a GPU."""
     gradient_reduction: Adjustable[Literal["fp32", "bf16"]] = "fp32"
     """Type in which processes add up their gradients: `bf16` sends half the bytes and rounds to three digits."""
     deterministic: Adjustable[bool] = False

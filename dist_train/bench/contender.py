@@ -144,7 +144,7 @@ class Contender:
     def _logging_seconds(self) -> float:
         """Return the seconds that an update waits for its record: TensorBoard and console are written in threads."""
         settings, process = self._learner.settings, self._learner.process
-        meter = Meter(settings, self._network.token_embedding.num_embeddings, process, self._learner.replica.precision)
+        meter = Meter(settings, self._network.token_embedding.num_embeddings, process, self._learner.replica)
         one, steps = torch.ones((), device=process.device), settings.log.interval
         with (
             tempfile.TemporaryDirectory() as folder,

@@ -19,8 +19,8 @@ from rich.table import Table
 from dist_train.bench.contender import Apart, Contender, Way, with_changes
 from dist_train.bench.plain import VARIANTS
 from dist_train.config import Settings
-from dist_train.runtime.parallel import micro_batch_size
 from dist_train.runtime.process import Process, group_of_one, start_process
+from dist_train.runtime.shares import micro_batch_size
 from dist_train.storage import write_results
 from dist_train.training.assembly import require_data
 

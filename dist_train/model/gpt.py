@@ -76,14 +76,22 @@ class MLP(nn.Module):
             return self.project(activated)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Normalises in the residual stream's type, also where `runtime.parallel: fsdp` sends its weights in half of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream after its own LayerNorm before and dropout behind."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
+        self.attention_norm = LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         self.attention = Attention(settings)
-        self.mlp_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
+        self.mlp_norm = LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         self.mlp = MLP(settings)
         self.dropout = Dropout(settings.dropout)
         self.recomputes = False
@@ -118,7 +126,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(settings.block_size, settings.n_embd)
         self.dropout = Dropout(settings.dropout)
         self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.n_layer)])
-        self.final_norm = nn.LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
+        self.final_norm = LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         scale = settings.logit_scale
         self.logit_scale = settings.n_embd**-0.5 if scale == "rsqrt_n_embd" else float(scale)
 

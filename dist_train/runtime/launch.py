@@ -76,7 +76,7 @@ def launch(
 def _run(settings: Settings, arguments: Sequence[str], options: LaunchOptions, stop: Stop) -> int:
     _quiet_torch()
     from dist_train.runtime.agent import EndedError
-    from dist_train.runtime.parallel import micro_batch_size
+    from dist_train.runtime.shares import micro_batch_size
 
     processes = options.count(settings.runtime.device)
     micro_batch_size(settings.train, processes * options.nodes)  # each process would refuse it with a line of its own

@@ -8,36 +8,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.errors import UserError
+from dist_train.runtime.average import Average
+from dist_train.runtime.precision import choose_precision
 from dist_train.runtime.process import Process
-from dist_train.sections import RuntimeSettings, TrainSettings
-
-
-def choose_precision(settings: RuntimeSettings, device: torch.device) -> torch.dtype:
-    """Return the type that matrix products run in; `auto` asks the hardware."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if settings.precision != "auto":
-        return named[settings.precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu":
-        # Not torch.amp.is_autocast_available: a CPU without the instructions emulates bf16, several times slower.
-        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
-    return torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    # Private names, which other versions of torch may lack: then bf16 is simply not chosen by itself.
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check() for check in checks if check)
-
+from dist_train.sections import RuntimeSettings
 
 # Squares that are added up at once. torch 2.13 adds a float32 tensor's squares up in a few float32 sums on a CPU, which
 # loses 0.5 % of those of GPT-2's embedding; what the noise is told from may be smaller than that.
 _SQUARES_AT_ONCE = 2**17
 
 
-def _norm(gradients: Iterable[Tensor]) -> Tensor:
+def norm_of(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, a float32 scalar."""
     parts = [part for gradient in gradients for part in gradient.flatten().split(_SQUARES_AT_ONCE)]
     return torch.nn.utils.get_total_norm(parts)
 
@@ -49,17 +31,27 @@ class _PartNorm:
         self.square: Tensor | None = None
 
     def add(self, gradients: Iterable[Tensor]) -> None:
-        square = _norm(gradients).square()
+        square = norm_of(gradients).square()
         self.square = square if self.square is None else self.square + square
 
 
 class Replica:
     """This process's copy of a network, kept equal to the others' copies by adding up gradients."""
 
-    def __init__(self, network: nn.Module, objective: nn.Module, process: Process, settings: RuntimeSettings) -> None:
+    is_copy = True
+    """Whether every process has all of the weights."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: nn.Module,
+        process: Process,
+        settings: RuntimeSettings,
+        ema_decay: float | None = None,
+    ) -> None:
         """Make `objective`, a module around `network` that returns its loss, ready to be run and differentiated."""
         self.network = network
-        """The plain module, for evaluation, saving and sampling; the same weights."""
+        """What learns, not compiled and not wrapped."""
         self.device_type = process.device.type
         self.precision = choose_precision(settings, process.device)
         self.world_size = process.world_size
@@ -70,15 +62,21 @@ class Replica:
         self._is_compiled = settings.compile
         if self._is_compiled:
             _compile_what_repeats(objective)
-        self._module = objective
-        if process.is_grouped:
-            # Alone in a group, a process's share is the whole.
-            part_norm = self._part_norm if process.world_size > 1 else None
-            self._module = averaging = _data_parallel(objective, process.device, settings, part_norm)
-            # Behind the module, or its reducer would be the last to refer to the group. To drop that waits for gloo's
-            # threads, and they for the interpreter's lock, to forget the last reduction; only when Python's reference
-            # is dropped the lock is let go meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/56297).
-            self._process_group = averaging.process_group
+        self._module = self._distribute(objective, process, settings)
+        self.average = Average(network, ema_decay)
+        """Of the weights, updated by whoever updates them."""
+
+    def _distribute(self, objective: nn.Module, process: Process, settings: RuntimeSettings) -> nn.Module:
+        if not process.is_grouped:
+            return objective
+        # Alone in a group, a process's share is the whole.
+        part_norm = self._part_norm if process.world_size > 1 else None
+        averaging = _data_parallel(objective, process.device, settings, part_norm)
+        # Behind the module, or its reducer would be the last to refer to the group. To drop that waits for gloo's
+        # threads, and they for the interpreter's lock, to forget the last reduction; only when Python's reference is
+        # dropped the lock is let go meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/56297).
+        self._module, self._process_group = averaging, averaging.process_group
+        return averaging
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, self.precision, enabled=self.precision != torch.float32)
@@ -93,6 +91,32 @@ class Replica:
         with torch.no_grad(), self._autocast(), eager:
             yield
 
+    @contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """Yield the network with the weights that are evaluated, in eval mode, within `inference`; on all processes.
+
+        It changes nothing of what learns.
+        """
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with self.inference(), self.average.in_place():
+                yield self.network
+        finally:
+            self.network.train(was_training)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what is evaluated and saved, by name: the average where there is one, else the network's own."""
+        return {**self.network.state_dict(), **self.average.tensors}
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the whole of a tensor, of which each process has a part; on all processes together. Here all of it."""
+        return part
+
+    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Return this process's part of a tensor that it has all of, where `like` is one's. Here all of it."""
+        return whole
+
     def loss(self, *batch: Tensor | int) -> Tensor:
         """Return what the objective makes of `batch`: a sum over its supervised positions."""
         with self._autocast():
@@ -104,9 +128,9 @@ class Replica:
         module = self._module
         with module.no_sync() if isinstance(module, DistributedDataParallel) and not is_last else nullcontext():
             yield
-        # Where no other process has a part of the batch, the first micro-batch is the one that is measured.
-        if self.world_size == 1 and not is_last and self._part_norm.square is None:
-            self._part_norm.add(self._gradients())
+        # Where no process has gradients of its own, those of the first micro-batch are the ones that are measured.
+        if (self.world_size == 1 or not self.is_copy) and not is_last and self._part_norm.square is None:
+            self._part_norm.square = self._norm(self._gradients()).square()
 
     def backward(self, loss_sum: Tensor, count: int) -> None:
         """Add to the gradients of the mean loss, given this process's part of the sum and the count over all processes.
@@ -118,7 +142,7 @@ class Replica:
     def take_part_square_norm(self) -> Tensor | None:
         """Return the squared norm of the gradient of a part of this update, a scalar, and forget it.
 
-        The part has `measured_part` sequences, this process's own; it is weighted as in the whole gradient, of which it
+        The part has `measured_part` sequences; it is weighted as in the whole gradient, of which it
         is a summand. None where the part is all of it. To be called before `update`, which changes float16's scale.
         """
         square, self._part_norm.square = self._part_norm.square, None
@@ -134,9 +158,9 @@ class Replica:
         somebody looks at the norm, which here would mean to wait for the device. float16's scaler tries again instead.
         """
         self.scaler.unscale_(optimizer)
-        norm = _norm(self._gradients())
+        norm = self._norm(self._gradients())
         if grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), grad_clip, norm)
+            self._clip(grad_clip, norm)
         if not self.scaler.is_enabled():
             self._is_broken += ~torch.isfinite(norm)
             # As the scaler says it to a fused optimizer: where this is not 0, the device leaves the update out.
@@ -145,6 +169,32 @@ class Replica:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return norm_of(gradients)
+
+    def _clip(self, at_most: float, norm: Tensor) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), at_most, norm)
+
+
+def replicate(
+    network: nn.Module,
+    objective: nn.Module,
+    process: Process,
+    settings: RuntimeSettings,
+    ema_decay: float | None = None,
+) -> Replica:
+    """Return what `runtime.parallel` says: this process's copy of a network, or its part of one."""
+    if not is_sharded(settings, process):
+        return Replica(network, objective, process, settings, ema_decay)
+    from dist_train.runtime.sharding import ShardedReplica  # takes a second to import
+
+    return ShardedReplica(network, objective, process, settings, ema_decay)
+
+
+def is_sharded(settings: RuntimeSettings, process: Process) -> bool:
+    """Tell whether processes are to keep parts of a network; a single one has all of it."""
+    return settings.parallel == "fsdp" and process.world_size > 1
 
 
 def _data_parallel(
@@ -193,32 +243,3 @@ def _compile_what_repeats(module: nn.Module) -> None:
     for part in module.modules():
         for member in part if isinstance(part, nn.ModuleList) else ():
             member.compile()
-
-
-def micro_batch_size(settings: TrainSettings, world_size: int) -> int:
-    """Return how many sequences one process takes at once.
-
-    Raises `UserError` naming the nearest sizes where the batch cannot be divided.
-    """
-    total, at_most = settings.global_batch_size, settings.micro_batch_size
-    share = total // world_size
-    if total % world_size:
-        nearest = [size for size in (share * world_size, (share + 1) * world_size) if size]
-        raise UserError(
-            f"train.global_batch_size={total} cannot be divided among {world_size} processes; "
-            f"use {' or '.join(map(str, nearest))}"
-        )
-    size = min(at_most or share, share)
-    if share % size:
-        divisors = [divisor for divisor in range(1, share + 1) if share % divisor == 0]
-        below = max(divisor for divisor in divisors if divisor < size)
-        above = min(divisor for divisor in divisors if divisor > size)
-        raise UserError(
-            f"train.micro_batch_size={at_most} does not divide a process's {share} sequences; use {below} or {above}"
-        )
-    return size
-
-
-def measured_part(settings: TrainSettings, world_size: int) -> int:
-    """Return of how many sequences `Replica.take_part_square_norm` is: a process's share, or else a micro-batch."""
-    return settings.global_batch_size // world_size if world_size > 1 else micro_batch_size(settings, world_size)

@@ -16,8 +16,9 @@ from dist_train.data.windows import Windows
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT, build, recompute_blocks
 from dist_train.model.pretrained import Weights, load, require_fit
-from dist_train.runtime.parallel import Replica, micro_batch_size
+from dist_train.runtime.parallel import Replica, is_sharded, replicate
 from dist_train.runtime.process import Process
+from dist_train.runtime.shares import micro_batch_size
 from dist_train.training.checkpoint import checkpoints_in
 from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.curriculum import last_k_at
@@ -78,10 +79,10 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
     windows, evaluator = process.together(
         lambda: (windows_of(settings, data), Evaluator(settings, data.val, encoding.n_vocab, process))
     )
-    network = process.together(lambda: _build_network(settings, encoding.n_vocab, weights, process.device))
+    network = process.together(lambda: _build_network(settings, encoding.n_vocab, weights, process))
     _require_agreement(process, {"weights to start from": weights and sum(bit_sums(network).values())})
     learner = build_learner(settings, process, data, windows, network, LastKLoss(network))
-    meter = Meter(settings, network.token_embedding.num_embeddings, process, learner.replica.precision)
+    meter = Meter(settings, network.token_embedding.num_embeddings, process, learner.replica)
 
     resumed = process.together(
         lambda: resume(folder.checkpoints, settings, data.fingerprint, learner.replica, learner.optimizer)
@@ -131,7 +132,9 @@ def _open_weights(settings: Settings, folder: RunFolder) -> Weights | None:
     return weights
 
 
-def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, device: torch.device) -> GPT:
+def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, process: Process) -> GPT:
+    # Of one that is going to be cut the device need never hold all.
+    device = torch.device("cpu") if is_sharded(settings.runtime, process) else process.device
     network = build(settings.model, n_vocab, settings.run.derive_seed("weights"), device)
     if weights:
         load(network, weights)
@@ -144,7 +147,7 @@ def _open_folder(
     """Return the record of the run, in a folder that is there and has room for what it is going to hold."""
     folder.create(settings, process)
     if start_step < settings.train.max_iters:
-        saver.open(learner.replica)
+        saver.open(learner.replica, learner.optimizer)
     return Record(folder, start_step, settings.train.max_iters)
 
 
@@ -162,7 +165,8 @@ def build_learner(
         batches=Batches(
             data.train, windows, network.n_vocab, batch_size, process.rank, process.world_size, process.device
         ),
-        replica=Replica(network, objective, process, settings.runtime),
+        replica=replicate(network, objective, process, settings.runtime, settings.optim.ema_decay),
+        # After it, as it may have cut the parameters.
         optimizer=build_optimizer(network, settings.optim),
     )
 

@@ -10,11 +10,13 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.errors import UserError
+from dist_train.runtime.parallel import Replica
 from dist_train.storage import read_regular
 from dist_train.training.noise_scale import NoiseMeans
+from dist_train.training.optimizer import state_like, state_of
 
 MANIFEST, STATE, MODEL, OPTIMIZER = "manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"
 FILES = (MODEL, OPTIMIZER, STATE)
@@ -133,22 +135,22 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors called `<state>.<parameter>`: names survive a change of order."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
-    return {
-        f"{kind}.{names[parameter]}": tensor
-        for parameter, state in optimizer.state.items()
-        for kind, tensor in state.items()
-    }
+OWN = "weight."
+"""Before the names of the network's own weights in `OPTIMIZER`, where `MODEL` has their average."""
 
 
-def adamw_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return tensors of the names, shapes and types of AdamW's state, which it makes itself at the first update."""
-    parameters = dict(network.named_parameters())
-    steps = {f"step.{name}": torch.empty((), device=value.device) for name, value in parameters.items()}
-    means = {f"{kind}.{name}": value for kind in ("exp_avg", "exp_avg_sq") for name, value in parameters.items()}
-    return steps | means
+def learning_of(replica: Replica, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what `OPTIMIZER` holds: all that a run needs beside `Replica.weights` to go on as if never stopped."""
+    return state_of(replica.network, optimizer) | _own(replica)
+
+
+def learning_like(replica: Replica, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return tensors of the names, shapes and types of that, also before the first update."""
+    return state_like(replica.network, optimizer) | _own(replica)
+
+
+def _own(replica: Replica) -> dict[str, Tensor]:
+    return {OWN + name: parameter for name, parameter in replica.average.parameters.items()}
 
 
 def _read(path: Path, at_most: int) -> bytes:

@@ -23,9 +23,9 @@ from dist_train.training.checkpoint import (
     OPTIMIZER,
     STATE,
     Progress,
-    adamw_tensors,
     checkpoints_in,
-    optimizer_tensors,
+    learning_like,
+    learning_of,
     step_of,
 )
 from dist_train.training.snapshot import Snapshot
@@ -39,12 +39,15 @@ _BESIDE_THE_TENSORS_BYTES = 8 << 20
 class CheckpointWriter:
     """Saves a run into `folder` and keeps the newest `keep` checkpoints. Only the first process's is opened.
 
+    To save is to `wait` for the write before, to `copy` on all processes, and to `write`.
+
     A context that ends when everything is written. Nothing but `step-<digits>` and what a kill left of one is deleted.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
         self._snapshots: dict[str, Snapshot] = {}
+        self._grad_scaler: dict[str, Any] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write: Future[None] | None = None
 
@@ -58,11 +61,11 @@ class CheckpointWriter:
         elif self.failure not in (None, error):
             log.warning("%s", self.failure)
 
-    def open(self, replica: Replica) -> None:
+    def open(self, replica: Replica, optimizer: torch.optim.Optimizer) -> None:
         """Remove what a kill left of a save, and raise `StorageError` unless there is room for the first one."""
         self._snapshots = {
-            MODEL: Snapshot(replica.network.state_dict()),
-            OPTIMIZER: Snapshot(adamw_tensors(replica.network)),
+            MODEL: Snapshot(replica.weights()),
+            OPTIMIZER: Snapshot(learning_like(replica, optimizer)),
         }
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -86,23 +89,30 @@ class CheckpointWriter:
         if self._write:
             self._write.result()
 
-    def save(
-        self, replica: Replica, optimizer: torch.optim.Optimizer, progress: Progress, is_last: bool = False
-    ) -> None:
-        """Have `step-<number>` written and older ones deleted; return as soon as network and optimizer may change.
+    def copy(self, replica: Replica, optimizer: torch.optim.Optimizer) -> None:
+        """Copy what is to be saved; return as soon as network and optimizer may change. On all processes together.
 
-        Waits for the write before this one, and raises its `StorageError`. Unless this is the last one of the run,
-        this write also fails if it leaves no room for the next: right after a save nothing is lost by stopping.
+        To be called when nothing is being written.
         """
-        self.wait()
-        self._snapshots[MODEL].copy(replica.network.state_dict())
-        if means := optimizer_tensors(replica.network, optimizer):
-            self._snapshots[OPTIMIZER].copy(means)
-        else:  # float16 has left out every update so far: AdamW has yet to make its state, of zeros
+        if self._snapshots and not optimizer.state:
+            # float16 has left out every update so far: the optimizer has yet to make its state, of zeros.
             self._snapshots[OPTIMIZER].clear()
+        for file, tensors in ((MODEL, replica.weights()), (OPTIMIZER, learning_of(replica, optimizer))):
+            for name in sorted(tensors):  # one order for all: a resumed optimizer's is that of the file's reader
+                whole = replica.gather(tensors[name])
+                if self._snapshots:
+                    self._snapshots[file].copy(name, whole)
         if replica.device_type == "cuda":
             torch.cuda.synchronize()
-        state = {**progress.model_dump(mode="json"), "grad_scaler": replica.scaler.state_dict()}
+        self._grad_scaler = replica.scaler.state_dict()
+
+    def write(self, progress: Progress, is_last: bool = False) -> None:
+        """Have what was copied written as `step-<number>` and older ones deleted, beside the training.
+
+        Unless this is the last one of the run, this write also fails if it leaves no room for the next: right after a
+        save nothing is lost by stopping.
+        """
+        state = {**progress.model_dump(mode="json"), "grad_scaler": self._grad_scaler}
         needed_bytes = 0 if is_last else self._needed_bytes
         self._write = self._thread.submit(self._finish, progress.step, state, needed_bytes)
 

@@ -68,7 +68,7 @@ def require_same_weights(run: Run, step: int) -> None:
 
     Averaged gradients keep equal copies equal, but do not notice those that are not: a flipped bit, say.
     """
-    if run.process.world_size == 1:
+    if run.process.world_size == 1 or not run.replica.is_copy:
         return
     sums = {f"sum of {name}": bits for name, bits in bit_sums(run.replica.network).items()}
     if differing := run.process.disagreement(sums):

@@ -14,8 +14,9 @@ from dist_train.data.shards import TokenStream
 from dist_train.data.windows import evenly_spaced
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT
-from dist_train.runtime.parallel import Replica, micro_batch_size
+from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process
+from dist_train.runtime.shares import micro_batch_size
 from dist_train.training.loss import rows_at_once
 
 
@@ -54,22 +55,18 @@ class Evaluator:
     def evaluate(self, replica: Replica, last_k: int) -> Evaluation:
         """Return the held-out losses, on all processes, `loss` over the last `last_k` positions.
 
-        Draws no random number; the network's mode stays as it was.
+        Draws no random number.
         """
         started = time.perf_counter()
-        network = replica.network
-        assert isinstance(network, GPT)
-        was_training = network.training
-        network.eval()
         # One more number than positions: how many windows were seen.
         sums = torch.zeros(self._block_size + 1, dtype=torch.float64)
-        for at in range(0, len(self._starts), self._micro_batch):
-            starts = self._starts[at : at + self._micro_batch]
-            tokens = read_windows(self._stream, starts, self._block_size, self._n_vocab).to(self._process.device)
-            with replica.inference():
+        with replica.evaluated() as network:
+            assert isinstance(network, GPT)
+            for at in range(0, len(self._starts), self._micro_batch):
+                starts = self._starts[at : at + self._micro_batch]
+                tokens = read_windows(self._stream, starts, self._block_size, self._n_vocab).to(self._process.device)
                 sums[:-1] += losses_BT(network, tokens).sum(dim=0).cpu().double()
-            sums[-1] += len(starts)
-        network.train(was_training)
+                sums[-1] += len(starts)
         sums = self._process.patient_sum(sums)
         loss_T = sums[:-1] / sums[-1]
         return Evaluation(

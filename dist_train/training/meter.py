@@ -11,8 +11,9 @@ from torch import Tensor
 from dist_train.config import Settings
 from dist_train.model.flops import step_flops
 from dist_train.runtime.device import peak_flops, peak_memory_bytes
-from dist_train.runtime.parallel import measured_part
+from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process
+from dist_train.runtime.shares import measured_part
 from dist_train.training.loss import impossibility
 from dist_train.training.noise_scale import NoiseMeans, estimate, including
 
@@ -44,7 +45,7 @@ class Impossible(NamedTuple):
 class Meter:
     """Collects loss sums and counts of the updates since the last `flush`, and the totals of the run."""
 
-    def __init__(self, settings: Settings, n_rows: int, process: Process, precision: torch.dtype) -> None:
+    def __init__(self, settings: Settings, n_rows: int, process: Process, replica: Replica) -> None:
         self.tokens = self.supervised_tokens = 0
         """Input tokens and supervised tokens of all finished updates on all processes."""
         self.flops = 0
@@ -52,7 +53,7 @@ class Meter:
         self.noise_means: NoiseMeans | None = None
         """Of the gradient, up to the last update that told of it."""
         self._batch_size = settings.train.global_batch_size
-        self._part_size = measured_part(settings.train, process.world_size)
+        self._part_size = measured_part(settings.train, process.world_size, replica.is_copy)
         self._tokens_per_step = settings.train.global_batch_size * settings.model.block_size
         # The head multiplies by all rows of the embedding, those that pad the vocabulary too.
         self._flops_of = functools.cache(
@@ -64,10 +65,10 @@ class Meter:
                 recomputes=settings.runtime.recompute_blocks,
             )
         )
-        peak = peak_flops(process.device, precision)
+        peak = peak_flops(process.device, replica.precision)
         self._peak_flops = peak * process.world_size if peak else None
         self._process = process
-        self._scales_gradients = precision == torch.float16
+        self._scales_gradients = replica.precision == torch.float16
         self._pending: list[tuple[int, Update]] = []
         self._started = time.perf_counter()
 

@@ -1,9 +1,10 @@
 """Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.sections import OptimSettings
 
@@ -26,10 +27,18 @@ def learning_rate(step: int, settings: OptimSettings, max_iters: int) -> float:
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * share
 
 
-def build_optimizer(network: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter 2019) over all of the network's parameters, fused into one pass over them."""
-    assert settings.name == "adamw"
-    parameters = list(network.parameters())
+def build_optimizer(network: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """Return what `optim.name` says, over the network's parameters that learn."""
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    between = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
+    matrices = [parameter for parameter in learning if parameter in between]
+    if settings.name == "muon" and matrices:
+        return MuonAndAdamW(matrices, [parameter for parameter in learning if parameter not in between], settings)
+    return _adamw(learning, settings)
+
+
+def _adamw(parameters: list[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov and Hutter 2019), fused into one pass over all parameters."""
     decays = [settings.decay == "all" or parameter.dim() > 1 for parameter in parameters]
     groups = [
         {"params": [p for p, decay in zip(parameters, decays, strict=True) if decay is wanted], "weight_decay": rate}
@@ -42,6 +51,74 @@ def build_optimizer(network: nn.Module, settings: OptimSettings) -> torch.optim.
         eps=settings.eps,
         fused=True,
     )
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices between a network's layers, AdamW for all else: the embeddings, too, are tables of vectors.
+
+    Muon (Jordan 2024) orthogonalises the momentum of a matrix. Scaled as by Liu et al. 2025 (arXiv:2502.16982), so that
+    its updates are as large as AdamW's, it shares their learning rate and weight decay.
+    """
+
+    found_inf: Tensor | None = None
+    """Where this is not 0, a step changes nothing. AdamW looks at it on the device; Muon cannot, so that steps wait."""
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: OptimSettings) -> None:
+        self._muon = torch.optim.Muon(
+            matrices,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._adamw = _adamw(others, settings)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
+        # One record of everything, whoever asks.
+        self._muon.state = self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters."""
+        if self.found_inf is None or not self.found_inf.item():
+            self._muon.step()
+            self._adamw.step()
+
+
+def state_like(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return tensors of the names, shapes and types of the optimizer's state, which it makes at its first update."""
+    names = _names(network)
+    state: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            if "momentum" in group:
+                state[f"momentum_buffer.{name}"] = parameter
+            else:
+                state[f"step.{name}"] = torch.empty((), device=parameter.device)
+                state |= {f"{kind}.{name}": parameter for kind in ("exp_avg", "exp_avg_sq")}
+    return state
+
+
+def state_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors called `<state>.<parameter>`: names survive a change of order."""
+    names = _names(network)
+    return {
+        f"{kind}.{names[parameter]}": tensor
+        for parameter, state in optimizer.state.items()
+        for kind, tensor in state.items()
+    }
+
+
+def restore_state(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizer the state that `state_of` returned."""
+    parameters = dict(network.named_parameters())
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = tensor.to(parameter.device)
+
+
+def _names(network: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in network.named_parameters()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

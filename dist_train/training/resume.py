@@ -17,15 +17,16 @@ from dist_train.runtime.parallel import Replica
 from dist_train.training.checkpoint import (
     MODEL,
     OPTIMIZER,
+    OWN,
     Checkpoint,
     DamagedError,
     Progress,
     ScalerState,
-    adamw_tensors,
     checkpoints_in,
+    learning_like,
 )
 from dist_train.training.curriculum import last_k_at
-from dist_train.training.optimizer import learning_rate
+from dist_train.training.optimizer import learning_rate, restore_state, state_like
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,12 @@ def resume(
         try:
             checkpoint = Checkpoint(path)
             changed = _accept(checkpoint, settings, data_fingerprint)
-            weights = checkpoint.tensors(MODEL, replica.network.state_dict())
-            means = checkpoint.tensors(OPTIMIZER, adamw_tensors(replica.network))
+            weights = checkpoint.tensors(MODEL, replica.weights())
+            learning = checkpoint.tensors(OPTIMIZER, learning_like(replica, optimizer))
         except DamagedError as problem:
             _warn_of_damage(path, problem)
             continue
-        replica.network.load_state_dict(weights)
-        _restore_optimizer(replica.network, optimizer, means)
+        _restore(replica, optimizer, weights, learning)
         if isinstance(checkpoint.state.grad_scaler, ScalerState):
             replica.scaler.load_state_dict(checkpoint.state.grad_scaler.model_dump(by_alias=True))
         return Resumed(path, checkpoint.state, changed)
@@ -164,12 +164,14 @@ def _shown(value: Any) -> str:
     return f"{json.dumps(value):.80}"
 
 
-def _restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    kinds = {key.partition(".")[0] for key in tensors}
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        index: {kind: tensors[f"{kind}.{names[parameter]}"] for kind in kinds}
-        for index, parameter in enumerate(ordered)
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+@torch.no_grad()
+def _restore(
+    replica: Replica, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], learning: dict[str, Tensor]
+) -> None:
+    """Give network, average and optimizer what a checkpoint has of them."""
+    for name, target in replica.weights().items():
+        target.copy_(replica.cut(weights[name], like=target))
+    for name, target in replica.average.parameters.items():
+        target.copy_(replica.cut(learning.pop(OWN + name), like=target))
+    like = state_like(replica.network, optimizer)
+    restore_state(replica.network, optimizer, {key: replica.cut(whole, like[key]) for key, whole in learning.items()})

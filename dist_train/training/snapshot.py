@@ -37,14 +37,13 @@ class Snapshot:
         """Make all values zero."""
         self._bytes.zero_()
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the values of `tensors`, which have the names, shapes and types that this memory was made for.
+    def copy(self, name: str, tensor: Tensor) -> None:
+        """Copy the values of one of the tensors that this memory was made for.
 
         Those from CUDA are there once the device is synchronized.
         """
-        for name, tensor in tensors.items():
-            # Only CUDA copies asynchronously into memory that is safe to be written to meanwhile.
-            self._copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        # Only CUDA copies asynchronously into memory that is safe to be written to meanwhile.
+        self._copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
     @property
     def n_bytes(self) -> int:

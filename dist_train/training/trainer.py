@@ -81,6 +81,7 @@ def update(run: Learner, step: int) -> Update:
     loss_sum, count = _accumulate_gradients(run, step, last_k)
     part_square_norm = run.replica.take_part_square_norm()
     grad_norm = run.replica.update(run.optimizer, settings.optim.grad_clip)
+    run.replica.average.update(step)
     return Update(loss_sum, count, grad_norm, rate, last_k, part_square_norm)
 
 
@@ -144,25 +145,36 @@ def _save(run: Run, step: int, ending: Ending) -> None:
         settings=settings.model_dump(mode="json"),
     )
     require_same_weights(run, step)
+    # In this order: a network that has diverged cannot be sampled from, and must not become the newest checkpoint.
+    text = _sample(run, step) if ending in (Ending.NOT_YET, Ending.DONE) else None
+    run.process.on_main(lambda: _sync(run))
+    run.saver.copy(run.replica, run.optimizer)
 
-    def sample_and_save() -> None:
-        # In this order: a network that has diverged cannot be sampled from, and must not become the newest checkpoint.
-        run.record.sync()
-        text = _sample(run, step) if ending in (Ending.NOT_YET, Ending.DONE) else None
-        run.saver.save(run.replica, run.optimizer, progress, is_last=bool(ending))
+    def write() -> None:
+        run.saver.write(progress, is_last=bool(ending))
         if text is not None:
             run.record.sample(step, text)
 
-    run.process.on_main(sample_and_save)
+    run.process.on_main(write)
     run.meter.restart_clock()
 
 
-def _sample(run: Run, step: int) -> str:
-    """Return the prompt and what the network makes of it."""
+def _sync(run: Run) -> None:
+    """Have the disk hold all that a save is going to follow on."""
+    run.record.sync()
+    run.saver.wait()
+
+
+def _sample(run: Run, step: int) -> str | None:
+    """Return the prompt and what the network makes of it, on the first process."""
     sample = run.settings.sample
-    assert isinstance(run.replica.network, GPT)
     prompt = run.encoding.encode_ordinary(sample.prompt) or [end_of_text(run.encoding)]
     generator = torch.Generator().manual_seed(run.settings.run.derive_seed("sample", step))
-    with run.replica.inference():
-        tokens = generate(run.replica.network, prompt, sample.max_new_tokens, Sampling(sample.temperature), generator)
-    return decode(run.encoding, tokens)
+
+    def draw() -> str:
+        assert isinstance(network, GPT)
+        tokens = generate(network, prompt, sample.max_new_tokens, Sampling(sample.temperature), generator)
+        return decode(run.encoding, tokens)
+
+    with run.replica.evaluated() as network:
+        return run.process.on_main(draw)

@@ -12,8 +12,10 @@ from torch import nn
 from dist_train.errors import UserError
 from dist_train.model.dropout import Dropout, attend
 from dist_train.model.gpt import GPT, build
-from dist_train.runtime.parallel import Replica, choose_precision, micro_batch_size
+from dist_train.runtime.parallel import Replica
+from dist_train.runtime.precision import choose_precision
 from dist_train.runtime.process import Process, group_of_one, start_process
+from dist_train.runtime.shares import micro_batch_size
 from dist_train.sections import ModelSettings, RuntimeSettings, TrainSettings
 from dist_train.training.loss import LastKLoss
 

@@ -65,7 +65,7 @@ def train_lines(process: Process, micro_batch: int | None, updates: int) -> list
         optimizer=torch.optim.SGD(problem.parameters(), fused=True),
         **cast("Any", no_text),
     )
-    meter = Meter(settings, 1, process, learner.replica.precision)
+    meter = Meter(settings, 1, process, learner.replica)
     for step in range(updates):
         meter.add(step + 1, update(learner, step))
     lines, impossible = meter.flush()

@@ -15,7 +15,7 @@ from dist_train.data.shards import file_sha256
 from dist_train.model.gpt import build
 from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process
-from dist_train.training.checkpoint import Progress, optimizer_tensors
+from dist_train.training.checkpoint import Progress, learning_of
 from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.loss import LastKLoss
 from dist_train.training.optimizer import build_optimizer
@@ -41,6 +41,7 @@ class TinyRun:
         for parameter in self.replica.network.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         self.replica.update(self.optimizer, grad_clip=None)
+        self.replica.average.update(self.step)
         self.step += 1
 
     def save(self, writer: CheckpointWriter, is_last: bool = False) -> None:
@@ -48,7 +49,9 @@ class TinyRun:
         progress = Progress(
             step=self.step, tokens=0, supervised_tokens=0, flops=0, data_fingerprint=FINGERPRINT, settings=settings
         )
-        writer.save(self.replica, self.optimizer, progress, is_last)
+        writer.wait()
+        writer.copy(self.replica, self.optimizer)
+        writer.write(progress, is_last)
 
     def resume(self, folder: Path) -> Resumed | None:
         resumed = resume(folder, self.settings, FINGERPRINT, self.replica, self.optimizer)
@@ -57,16 +60,16 @@ class TinyRun:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return copies of all that a step changes, in order."""
-        network = self.replica.network
-        means = optimizer_tensors(network, self.optimizer)
-        return [tensor.clone() for tensor in (*network.state_dict().values(), *(means[name] for name in sorted(means)))]
+        learning = learning_of(self.replica, self.optimizer)
+        tensors = (*self.replica.weights().values(), *(learning[name] for name in sorted(learning)))
+        return [tensor.detach().clone() for tensor in tensors]
 
 
 def start(settings: Settings) -> TinyRun:
     """Return a run at step 0, always the same."""
     device = torch.device("cpu")
     network = build(settings.model, n_vocab=257, seed=0, device=device)
-    replica = Replica(network, LastKLoss(network), Process(0, 1, device), settings.runtime)
+    replica = Replica(network, LastKLoss(network), Process(0, 1, device), settings.runtime, settings.optim.ema_decay)
     return TinyRun(settings, replica, build_optimizer(network, settings.optim))
 
 
@@ -74,7 +77,7 @@ def save_steps(settings: Settings, folder: Path, steps: int, keep: int = 2) -> N
     """Save steps 1 … `steps` of a run into `folder`."""
     run = start(settings)
     with CheckpointWriter(folder, keep) as writer:
-        writer.open(run.replica)
+        writer.open(run.replica, run.optimizer)
         for _ in range(steps):
             run.advance()
             run.save(writer)
@@ -84,7 +87,7 @@ def save_forever(settings: Settings, folder: Path, saved: Connection) -> None:
     """Save step after step, and send the number of each that is known to be on disk. Ends by a kill alone."""
     run = start(settings)
     with CheckpointWriter(folder, keep=2) as writer:
-        writer.open(run.replica)
+        writer.open(run.replica, run.optimizer)
         while True:
             run.advance()
             run.save(writer)  # which waits for the one before

@@ -105,7 +105,7 @@ def test_a_linked_checkpoint_is_neither_read_nor_deleted(
     run = start(tiny())
     run.resume(checkpoints)
     with CheckpointWriter(checkpoints, keep=2) as writer:
-        writer.open(run.replica)
+        writer.open(run.replica, run.optimizer)
         run.step = 3
         for _ in range(3):
             run.advance()

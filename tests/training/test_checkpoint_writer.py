@@ -13,7 +13,7 @@ import torch
 from dist_train.config import Settings
 from dist_train.errors import StorageError
 from dist_train.training import checkpoint_writer
-from dist_train.training.checkpoint import adamw_tensors, checkpoints_in, optimizer_tensors
+from dist_train.training.checkpoint import checkpoints_in, learning_like, learning_of
 from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.snapshot import Snapshot
 from tests.training.saved_run import (
@@ -79,8 +79,8 @@ def test_a_damaged_checkpoint_ahead_pushes_no_good_one_out(keep: int, tiny: Tiny
 def test_the_optimizer_has_the_state_that_checkpoints_expect(tiny: Tiny) -> None:
     run = start(tiny())
     run.advance()
-    made = optimizer_tensors(run.replica.network, run.optimizer)
-    expected = adamw_tensors(run.replica.network)
+    made = learning_of(run.replica, run.optimizer)
+    expected = learning_like(run.replica, run.optimizer)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in made.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()
     }
@@ -91,7 +91,7 @@ def writing(tiny: Tiny, tmp_path: Path) -> tuple[TinyRun, CheckpointWriter]:
     """A run that is about to save its first step, and what saves it."""
     run = start(tiny())
     writer = CheckpointWriter(tmp_path / "checkpoints", keep=2)
-    writer.open(run.replica)
+    writer.open(run.replica, run.optimizer)
     run.advance()
     return run, writer
 
@@ -111,7 +111,7 @@ def test_what_is_saved_is_the_state_when_save_returned(
 def test_a_run_whose_updates_were_all_left_out_is_saved_and_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     run = start(tiny())
     with CheckpointWriter(tmp_path, keep=2) as writer:
-        writer.open(run.replica)
+        writer.open(run.replica, run.optimizer)
         run.step = 1
         run.save(writer)
     resumed = start(tiny())
@@ -155,7 +155,7 @@ def test_room_for_the_next_checkpoint_is_asked_for_before_work_is_lost(
     run, writer = writing
     monkeypatch.setattr(shutil, "disk_usage", _has(free_bytes=5 << 20))
     with pytest.raises(StorageError, match=r"room for 5 MiB and the next checkpoint needs 8 MiB; free space"):
-        CheckpointWriter(tmp_path / "other", keep=2).open(run.replica)
+        CheckpointWriter(tmp_path / "other", keep=2).open(run.replica, run.optimizer)
     run.save(writer)
     with pytest.raises(StorageError, match="needs 8 MiB"):
         writer.wait()
@@ -190,8 +190,9 @@ def test_a_failed_write_does_not_hide_what_ended_the_run(
 
 def test_a_folder_that_cannot_be_written_ends_in_status_4(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    run = start(tiny())
     with pytest.raises(StorageError, match=r"cannot write .*; choose another --run\.out_dir") as caught:
-        CheckpointWriter(tmp_path / "file" / "checkpoints", keep=2).open(start(tiny()).replica)
+        CheckpointWriter(tmp_path / "file" / "checkpoints", keep=2).open(run.replica, run.optimizer)
     assert caught.value.exit_status == 4
 
 
@@ -200,7 +201,8 @@ def test_a_snapshot_is_the_file_that_safetensors_reads(order: int) -> None:
     values = {"a": torch.rand(3).half(), "b": torch.rand(2, 5), "c": torch.rand(()).double(), "d": torch.rand(0, 4)}
     values = dict(list({**values, 'é"\n': torch.rand(7).bfloat16(), "e": torch.rand(6, 4).T}.items())[::order])
     snapshot = Snapshot(values)
-    snapshot.copy(values)
+    for name, value in values.items():
+        snapshot.copy(name, value)
     content = b"".join(snapshot.chunks())
     assert len(content) == snapshot.n_bytes
     read = safetensors.torch.load(content)

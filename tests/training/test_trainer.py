@@ -45,6 +45,41 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stop: int, tiny: Tiny, tmp_pat
     assert totals[0] == totals[1]
 
 
+EVERYTHING = {
+    "optim.name": "muon",
+    "optim.ema_decay": 0.9,
+    "model.freeze": "[embeddings]",
+    "runtime.recompute_blocks": True,
+}
+
+
+def test_resumed_with_every_kind_of_state_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
+    whole, cut = ({**EVERYTHING, "run.out_dir": tmp_path / name} for name in ("whole", "cut"))
+    train(tiny(whole))
+    train(tiny({**cut, "train.max_iters": 5}))
+    train(tiny(cut))
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert metrics(tmp_path / "whole", "eval")[-1]["loss"] == metrics(tmp_path / "cut", "eval")[-1]["loss"]
+
+
+def test_recomputing_blocks_changes_no_bit_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
+    kept, recomputed = (
+        train(tiny({"runtime.recompute_blocks": recomputes, "run.out_dir": tmp_path / str(recomputes)})).root
+        for recomputes in (False, True)
+    )
+    assert_same_weights(kept, recomputed)
+    assert metrics(kept, "train")[-1]["flops"] < metrics(recomputed, "train")[-1]["flops"]
+
+
+def test_what_is_frozen_stays_as_it_was_and_has_no_state(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny({"model.freeze": "[embeddings, 1]", "optim.weight_decay": 0.5})
+    before = build(settings.model, 257, settings.run.derive_seed("weights"), torch.device("cpu")).state_dict()
+    after = weights(train(settings).root)
+    frozen = {name for name in before if name.startswith(("token_", "position_", "blocks.1."))}
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    assert {name.partition(".")[2] for name in after.keys() - before.keys()} == before.keys() - frozen
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_resumed_on_another_number_of_processes_it_goes_on_like_the_uninterrupted(
     first: int, then: int, tiny_arguments: Arguments, tiny: Tiny, tmp_path: Path
