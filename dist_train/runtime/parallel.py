@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from dist_train.config import RuntimeSettings, TrainSettings
 from dist_train.errors import UserError
@@ -108,6 +109,7 @@ class Replica:
         if self.world_size == 1 and not is_last and self._part_norm.square is None:
             self._part_norm.add(self._gradients())
 
+    @record_function("backward")
     def backward(self, loss_sum: Tensor, count: int) -> None:
         """Add to the gradients of the mean loss, given this process's part of the sum and the count over all processes.
 
@@ -127,6 +129,7 @@ class Replica:
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
 
+    @record_function("update")
     def update(self, optimizer: torch.optim.Optimizer, grad_clip: float | None) -> Tensor:
         """Clip, update the weights, clear the gradients; return the gradient's norm before clipping as a scalar.
 

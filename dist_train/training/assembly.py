@@ -26,9 +26,11 @@ from dist_train.training.initial_weights import bit_sums, open_weights
 from dist_train.training.loss import LastKLoss
 from dist_train.training.meter import Meter
 from dist_train.training.optimizer import build_optimizer
+from dist_train.training.profiling import NullProfile, open_profile
 from dist_train.training.resume import resume
 from dist_train.training.run_folder import RunFolder, code_hash
 from dist_train.training.telemetry import NullRecord, Record
+from dist_train.training.writers import require_writers
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,7 @@ class Run(Learner):
     meter: Meter
     folder: RunFolder
     record: NullRecord
+    profile: NullProfile
     saver: CheckpointWriter
     """Saves on the first process, and does nothing elsewhere."""
     start_step: int
@@ -69,6 +72,7 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
     What may fail on one process is done by all together: alone, it would leave the others waiting in a collective.
     """
     process.together(lambda: _refuse(settings, process, folder))
+    process.on_main(lambda: require_writers(settings))
     # Before anything is built of them: DDP has its own, less readable answer to networks of different shapes.
     _require_agreement(process, {**settings.by_key(), "code": code_hash(), "torch": torch.__version__})
     weights = process.together(lambda: _open_weights(settings, folder))
@@ -94,6 +98,9 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
         meter.tokens, meter.supervised_tokens = progress.tokens, progress.supervised_tokens
         meter.noise_means = progress.noise
     saver = CheckpointWriter(folder.checkpoints, settings.checkpoint.keep)
+    record = (
+        process.on_main(lambda: _open_folder(settings, process, folder, saver, learner, start_step)) or NullRecord()
+    )
     run = Run(
         **vars(learner),
         encoding=encoding,
@@ -101,8 +108,9 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
         evaluator=evaluator,
         meter=meter,
         folder=folder,
-        record=process.on_main(lambda: _open_folder(settings, process, folder, saver, learner, start_step))
-        or NullRecord(),
+        record=record,
+        profile=process.on_main(lambda: open_profile(settings, folder.profile, start_step, process.device, record.say))
+        or NullProfile(),
         saver=saver,
         start_step=start_step,
     )
@@ -145,7 +153,7 @@ def _open_folder(
     folder.create(settings, process)
     if start_step < settings.train.max_iters:
         saver.open(learner.replica)
-    return Record(folder, start_step, settings.train.max_iters)
+    return Record(folder, settings, start_step)
 
 
 def build_learner(
