@@ -98,9 +98,8 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
         meter.tokens, meter.supervised_tokens = progress.tokens, progress.supervised_tokens
         meter.noise_means = progress.noise
     saver = CheckpointWriter(folder.checkpoints, settings.checkpoint.keep)
-    record = (
-        process.on_main(lambda: _open_folder(settings, process, folder, saver, learner, start_step)) or NullRecord()
-    )
+    opened = process.on_main(lambda: _open_folder(settings, process, folder, saver, learner, start_step))
+    record, profile = opened or (NullRecord(), NullProfile())
     run = Run(
         **vars(learner),
         encoding=encoding,
@@ -109,8 +108,7 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
         meter=meter,
         folder=folder,
         record=record,
-        profile=process.on_main(lambda: open_profile(settings, folder.profile, start_step, process.device, record.say))
-        or NullProfile(),
+        profile=profile,
         saver=saver,
         start_step=start_step,
     )
@@ -148,12 +146,13 @@ def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, de
 
 def _open_folder(
     settings: Settings, process: Process, folder: RunFolder, saver: CheckpointWriter, learner: Learner, start_step: int
-) -> Record:
-    """Return the record of the run, in a folder that is there and has room for what it is going to hold."""
+) -> tuple[NullRecord, NullProfile]:
+    """Return the record and the profile of the run, in a folder that has room for what it is going to hold."""
     folder.create(settings, process)
     if start_step < settings.train.max_iters:
         saver.open(learner.replica)
-    return Record(folder, settings, start_step)
+    record = Record(folder, settings, start_step)
+    return record, open_profile(settings, folder.profile, start_step, process.device, record.say)
 
 
 def build_learner(
