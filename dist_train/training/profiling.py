@@ -26,8 +26,8 @@ class Profile(NullProfile):
     """Records from the moment that `from` updates are finished to the one that `to` are, and writes at once.
 
     So it has updates from+1 … to, each with what follows it: its line of the record, evaluation, checkpoint. In the
-    trace `ProfilerStep#N` is update N, and in it lie `forward`, `loss`, `backward`, `update`, `evaluate` and `save`. Of
-    a run that starts or ends within the window, it has what is in it.
+    trace `ProfilerStep#N` is update N, and in it lie `forward`, `loss`, `backward`, `update`, `evaluate` and `save`: a
+    name takes 6 µs where nobody records. Of a run that starts or ends within the window, it has what is in it.
 
     Writing takes 0.1 ms per operation, which the record counts to the next updates' seconds, and in which the other
     processes wait, no longer than `runtime.timeout_seconds`: a window is for a few updates.
