@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from dist_train.setting_types import Adjustable, Count, FilePath, Section, fit_file_system
+from dist_train.setting_types import Adjustable, Count, FilePath, Section, StepWindow, fit_file_system
 
 
 class RunSettings(Section):
@@ -238,3 +238,10 @@ class RuntimeSettings(Section):
 class LogSettings(Section):
     interval: Adjustable[Count] = 10
     """Write metrics every this many iterations: one line per iteration all the same."""
+    profile: Adjustable[StepWindow | None] = None
+    """`[from, to]`: record updates from+1 … to with torch's profiler, a few of them, on the first process: a trace for
+    Perfetto and TensorBoard in `profile/`, and a table of what took the time. null: none."""
+    memory_history: Adjustable[bool] = False
+    """On CUDA: note what allocates memory, at some cost; where it runs out, `out_of_memory-RANK.pickle` has it."""
+    wandb: Adjustable[bool] = False
+    """Show the run on Weights & Biases too (`pip install 'dist-train[wandb]'`), where and how `WANDB_MODE` … say."""

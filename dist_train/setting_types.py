@@ -23,6 +23,17 @@ Count = Annotated[int, Field(ge=1, le=2**48)]
 """Products of two larger ones no longer fit where they are counted."""
 
 
+def _in_order(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps[0] >= steps[1]:
+        raise ValueError("the first number has to be the smaller one, as in [10, 13]")
+    return steps
+
+
+_Step = Annotated[int, Field(ge=0, le=2**48)]
+StepWindow = Annotated[tuple[_Step, _Step], AfterValidator(_in_order)]
+"""`[from, to]`, of finished updates: the updates from+1 … to lie between."""
+
+
 def fit_file_system(value: Any) -> Any:
     """Refuse a path that no file system takes: its error would come late, and name no setting."""
     if value is not None and max(map(len, os.fsencode(value).split(b"/"))) > 255:

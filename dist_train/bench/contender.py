@@ -146,9 +146,10 @@ class Contender:
         settings, process = self._learner.settings, self._learner.process
         meter = Meter(settings, self._network.token_embedding.num_embeddings, process, self._learner.replica)
         one, steps = torch.ones((), device=process.device), settings.log.interval
+        shown_here = with_changes(settings, "log", wandb=False)
         with (
             tempfile.TemporaryDirectory() as folder,
-            Record(RunFolder(Path(folder)), 0, steps) if process.is_main else NullRecord() as record,
+            Record(RunFolder(Path(folder)), shown_here, 0) if process.is_main else NullRecord() as record,
         ):
             started = time.perf_counter()
             for step in range(1, steps + 1):

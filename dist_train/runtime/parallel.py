@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from dist_train.runtime.average import Average
 from dist_train.runtime.precision import choose_precision
@@ -132,6 +133,7 @@ class Replica:
         if (self.world_size == 1 or not self.is_copy) and not is_last and self._part_norm.square is None:
             self._part_norm.square = self._norm(self._gradients()).square()
 
+    @record_function("backward")
     def backward(self, loss_sum: Tensor, count: int) -> None:
         """Add to the gradients of the mean loss, given this process's part of the sum and the count over all processes.
 
@@ -151,6 +153,7 @@ class Replica:
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
 
+    @record_function("update")
     def update(self, optimizer: torch.optim.Optimizer, grad_clip: float | None) -> Tensor:
         """Clip, update the weights, clear the gradients; return the gradient's norm before clipping as a scalar.
 

@@ -27,9 +27,11 @@ from dist_train.training.initial_weights import bit_sums, open_weights
 from dist_train.training.loss import LastKLoss
 from dist_train.training.meter import Meter
 from dist_train.training.optimizer import build_optimizer
+from dist_train.training.profiling import NullProfile, open_profile
 from dist_train.training.resume import resume
 from dist_train.training.run_folder import RunFolder, code_hash
 from dist_train.training.telemetry import NullRecord, Record
+from dist_train.training.writers import require_writers
 
 
 @dataclass(kw_only=True)
@@ -59,6 +61,7 @@ class Run(Learner):
     meter: Meter
     folder: RunFolder
     record: NullRecord
+    profile: NullProfile
     saver: CheckpointWriter
     """Saves on the first process, and does nothing elsewhere."""
     start_step: int
@@ -70,6 +73,7 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
     What may fail on one process is done by all together: alone, it would leave the others waiting in a collective.
     """
     process.together(lambda: _refuse(settings, process, folder))
+    process.on_main(lambda: require_writers(settings))
     # Before anything is built of them: DDP has its own, less readable answer to networks of different shapes.
     _require_agreement(process, {**settings.by_key(), "code": code_hash(), "torch": torch.__version__})
     weights = process.together(lambda: _open_weights(settings, folder))
@@ -95,6 +99,8 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
         meter.tokens, meter.supervised_tokens = progress.tokens, progress.supervised_tokens
         meter.noise_means = progress.noise
     saver = CheckpointWriter(folder.checkpoints, settings.checkpoint.keep)
+    opened = process.on_main(lambda: _open_folder(settings, process, folder, saver, learner, start_step))
+    record, profile = opened or (NullRecord(), NullProfile())
     run = Run(
         **vars(learner),
         encoding=encoding,
@@ -102,8 +108,8 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
         evaluator=evaluator,
         meter=meter,
         folder=folder,
-        record=process.on_main(lambda: _open_folder(settings, process, folder, saver, learner, start_step))
-        or NullRecord(),
+        record=record,
+        profile=profile,
         saver=saver,
         start_step=start_step,
     )
@@ -143,12 +149,13 @@ def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, pr
 
 def _open_folder(
     settings: Settings, process: Process, folder: RunFolder, saver: CheckpointWriter, learner: Learner, start_step: int
-) -> Record:
-    """Return the record of the run, in a folder that is there and has room for what it is going to hold."""
+) -> tuple[NullRecord, NullProfile]:
+    """Return the record and the profile of the run, in a folder that has room for what it is going to hold."""
     folder.create(settings, process)
     if start_step < settings.train.max_iters:
         saver.open(learner.replica, learner.optimizer)
-    return Record(folder, start_step, settings.train.max_iters)
+    record = Record(folder, settings, start_step)
+    return record, open_profile(settings, folder.profile, start_step, process.device, record.say)
 
 
 def build_learner(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from dist_train.errors import LossError, require_same_device
 from dist_train.model.gpt import GPT
@@ -30,7 +31,12 @@ class LastKLoss(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, last_k: int) -> Tensor:
         """Return the sum of −log P over the last `last_k` of the `targets_BT`, in nats, a float32 scalar."""
-        hidden_BSD, targets_BS = self.network.hidden(tokens_BT, last_k), targets_BT[:, -last_k:]
+        with record_function("forward"):
+            hidden_BSD = self.network.hidden(tokens_BT, last_k)
+        return self._loss(hidden_BSD, targets_BT[:, -last_k:])
+
+    @record_function("loss")
+    def _loss(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         require_same_device(hidden=hidden_BSD, targets=targets_BS)
         rows = rows_at_once(self.network)
         # Whole, logits take seven times their own bytes: as float32, as log-softmax, and the gradients of all. float16

@@ -40,6 +40,8 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.samples = root / "samples"
         self.plots = root / "plots"
+        self.profile = root / "profile"
+        self.wandb_id = root / "wandb_id.txt"
 
     def has_run(self) -> bool:
         """Tell whether a run has written here before."""
@@ -112,6 +114,10 @@ class RunFolder:
     def sample(self, step: int) -> Path:
         """Return the file of the sample taken after `step` updates."""
         return self.samples / f"step-{step:06d}.txt"
+
+    def out_of_memory(self, rank: int) -> Path:
+        """Return the file of what filled the memory of process `rank`."""
+        return self.root / f"out_of_memory-{rank}.pickle"
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop lines of `metrics.jsonl` behind `step`: a resumed run makes those steps again."""

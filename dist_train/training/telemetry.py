@@ -1,25 +1,21 @@
-"""The record of a run: JSON lines, TensorBoard, console, status. The first process writes it; elsewhere it is null."""
+"""The record of a run: JSON lines, what shows them, console, status. The first process writes it; elsewhere: null."""
 
 import contextlib
 import functools
 import json
-import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from dist_train.config import Settings
 from dist_train.errors import StorageError
 from dist_train.training.console import Display
 from dist_train.training.run_folder import RunFolder
+from dist_train.training.writers import open_writers
 
-log = logging.getLogger(__name__)
-
-# TensorBoard's name of each number in a train line.
+# How writers call each number in a train line.
 _TRAIN_SCALARS = {
     "train/loss": "loss",
     "train/lr": "lr",
@@ -99,49 +95,15 @@ def _leave_to_main_thread(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
-class _TensorBoard:
-    """TensorBoard's files, of which a run that cannot write them goes on without."""
-
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        self._writer: SummaryWriter | None = None
-        with self._may_fail():
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def scalars(self, step: int, scalars: dict[str, float | None]) -> None:
-        with self._may_fail():
-            for name, value in scalars.items():
-                if self._writer and value is not None:
-                    self._writer.add_scalar(name, value, step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        with self._may_fail():
-            if self._writer:
-                self._writer.add_text(name, text, step)
-
-    def close(self) -> None:
-        with self._may_fail():
-            if self._writer:
-                self._writer.close()
-
-    @contextlib.contextmanager
-    def _may_fail(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # its thread hands on whatever it met
-            self._writer = None
-            log.warning("TensorBoard's files cannot be written (%s); training goes on without them", error)
-
-
 class Record(NullRecord):
     """Writes everything there is to see into the run folder, and the most of it to the console."""
 
-    def __init__(self, folder: RunFolder, start_step: int, max_iters: int) -> None:
-        self.folder, self._step, self._max_iters = folder, start_step, max_iters
+    def __init__(self, folder: RunFolder, settings: Settings, start_step: int) -> None:
+        self.folder, self._step, self._max_iters = folder, start_step, settings.train.max_iters
         folder.keep_metrics_until(start_step if start_step else -1)
         self._metrics = folder.metrics.open("a", encoding="utf-8")
-        # Steps behind a resumed one would otherwise show twice.
-        self._tensorboard = _TensorBoard(folder.tensorboard, purge_step=start_step + 1 if start_step else 0)
-        self._display = Display(start_step, max_iters)
+        self._writers = open_writers(folder, settings, start_step)
+        self._display = Display(start_step, self._max_iters)
         self._threads_errors = threading.excepthook
 
     def __enter__(self) -> "Record":
@@ -156,8 +118,8 @@ class Record(NullRecord):
             self._metrics.close()
         with contextlib.suppress(OSError):
             self.folder.write_end(self._step, _exit_status(error))
-        self._tensorboard.close()
         self._display.stop()
+        self._writers.close(_exit_status(error))
         threading.excepthook = self._threads_errors
 
     def say(self, text: str) -> None:
@@ -181,8 +143,8 @@ class Record(NullRecord):
             return
         for line in lines:
             self._write({"kind": "train", **line})
-            self._tensorboard.scalars(line["step"], {name: line[key] for name, key in _TRAIN_SCALARS.items()})
-        self._tensorboard.scalars(line["step"], {"perf/peak_memory_gib": line["peak_memory_bytes"] / 2**30})
+            self._writers.scalars(line["step"], {name: line[key] for name, key in _TRAIN_SCALARS.items()})
+        self._writers.scalars(line["step"], {"perf/peak_memory_gib": line["peak_memory_bytes"] / 2**30})
         self._metrics.flush()
         self._step = line["step"]
         mean = sum(each["loss"] for each in lines) / len(lines)
@@ -195,7 +157,7 @@ class Record(NullRecord):
         self._metrics.flush()
         self.folder.write_status("running", self._step)
         losses = ("loss", "final_token_loss", "all_token_loss")
-        self._tensorboard.scalars(step, {f"val/{name}": result[name] for name in losses})
+        self._writers.scalars(step, {f"val/{name}": result[name] for name in losses})
         self.say(
             f"step {step:>6}/{self._max_iters}  held-out loss: final token {result['final_token_loss']:.4f}, "
             f"all tokens {result['all_token_loss']:.4f}  ({result['seconds']:.1f} s)"
@@ -209,7 +171,7 @@ class Record(NullRecord):
     @_noting_failure
     def sample(self, step: int, text: str) -> None:
         self.folder.sample(step).write_text(text + "\n", encoding="utf-8")
-        self._tensorboard.text(step, "sample", f"```\n{text}\n```")
+        self._writers.text(step, "sample", f"```\n{text}\n```")
 
     def _write(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")

@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dist_train.config import Settings
 from dist_train.data.tokenizer import decode, end_of_text
@@ -36,9 +37,10 @@ def train(settings: Settings) -> RunFolder:
         with (
             run.record,
             run.saver,
+            run.profile,
             contextlib.closing(run.batches),
             naming_lost_peers(process),
-            naming_memory(settings, run.micro_batch),
+            naming_memory(run),
         ):
             _loop(run, stop)
     return folder
@@ -51,6 +53,7 @@ def _loop(run: Run, stop: Stop) -> None:
     if run.start_step == 0:
         _evaluate(run, step=0)
     for step in range(run.start_step, max_iters):
+        run.profile.at(step)
         finished = step + 1
         run.meter.add(finished, update(run, step))
         run.record.advance(finished)
@@ -110,6 +113,7 @@ def _flush(run: Run) -> None:
         raise_impossible(run, impossible)
 
 
+@record_function("evaluate")
 def _evaluate(run: Run, step: int) -> None:
     """Measure and record the held-out losses after `step` updates."""
     _flush(run)
@@ -130,6 +134,7 @@ def _evaluate(run: Run, step: int) -> None:
     run.meter.restart_clock()
 
 
+@record_function("save")
 def _save(run: Run, step: int, ending: Ending) -> None:
     """Save the run after `step` updates, and a sample of what it writes by then, if there is time."""
     _flush(run)

@@ -160,7 +160,7 @@ sys.exit(main())
 
 
 def test_too_little_memory_is_said_with_what_helps(tiny_arguments: Arguments, tmp_path: Path) -> None:
-    large = {"loss.last_k": 4, "train.global_batch_size": 1 << 15, "eval.batches": 1}
+    large = {"loss.last_k": 4, "train.global_batch_size": 1 << 15, "eval.batches": 1, "log.memory_history": True}
     statuses, (errors,) = finish(start_together([tiny_arguments(large)], program=["-c", _WITH_2_GIB]))
     assert statuses == [2], errors
     assert errors.startswith("error: out of memory with 32768 sequences of 16 tokens at once on a process")
