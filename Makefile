@@ -21,6 +21,8 @@ install: $(VENV)/installed  ## create .venv and install the pinned dependencies
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# Beside the environment: its schemas are a test's, and what it depends on does not go with the rest.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(VENV)/skypilot skypilot
 	@touch $@
 
 prepare: install  ## text to token shards (CONFIG=…)
