@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command
 
 COMMANDS = ["prepare", "train", "launch", "bench", "bench-data", "compare"]
 

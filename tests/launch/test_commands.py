@@ -28,7 +28,7 @@ SAVED = StoppedError.exit_status
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Read:
-    """Return what our command line makes of `python -m dist_train launch …`; it fails where a user would see an error."""
+    """Return what our command line makes of `python -m dist_train launch …`; a user's error is a failure."""
     read: list[tuple[Settings, LaunchOptions]] = []
 
     def launch(loaded: tuple[Settings, list[str]], **options: Any) -> None:
@@ -77,7 +77,7 @@ def run(tmp_path: Path) -> Callable[..., Ran]:
 def test_one_gpu_trains_with_what_it_is_given() -> None:
     """The real part runs, as far as to the mistake in its settings."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [LAUNCH / "one_gpu.sh", CONFIG, "--loss.last_k=0"]
+    command = [str(LAUNCH / "one_gpu.sh"), CONFIG, "--loss.last_k=0"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == UserError.exit_status
     assert "loss.last_k" in result.stderr

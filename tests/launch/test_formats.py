@@ -49,7 +49,7 @@ print(json.dumps([schemas.get_task_schema(), schemas.get_resources_schema()]))
 
 @pytest.mark.parametrize("name", SHELL)
 def test_bash_and_shellcheck_find_nothing(name: str) -> None:
-    for checker in (["bash", "-n"], [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"]):
+    for checker in (["bash", "-n"], [str(Path(sys.executable).with_name("shellcheck")), "--shell=bash", "-"]):
         result = subprocess.run(checker, input=SHELL[name], capture_output=True, text=True)
         assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
