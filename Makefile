@@ -11,16 +11,26 @@ BIN    := $(VENV)/bin
 NPROC  ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install prepare train test test-faults test-slow tensorboard compare bench bench-scaling bench-data lint format type check readme schema clean
+.PHONY: help install develop prepare train test test-faults test-slow tensorboard compare bench bench-scaling bench-data lint format type check readme schema clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
-install: $(VENV)/installed  ## create .venv and install the pinned dependencies
+install: $(VENV)/installed  ## create .venv and install what the commands need, pinned
+
+develop: $(VENV)/developed  ## and what tests and checks need
+
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/developed: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
+	@# Beside the environment: its schemas are a test's, and what it depends on does not go with the rest.
+	$(PIP) --no-deps --upgrade --target $(VENV)/skypilot skypilot
 	@touch $@
 
 prepare: install  ## text to token shards (CONFIG=…)
@@ -29,13 +39,13 @@ prepare: install  ## text to token shards (CONFIG=…)
 train: install  ## train, on all GPUs or one CPU (CONFIG=… NPROC=… ARGS=…)
 	$(BIN)/python -m dist_train launch $(NPROC) $(CONFIG) $(ARGS)
 
-test: install  ## the test suite
+test: develop  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow' $(ARGS)
 
-test-faults: install  ## kills, hangs, full disks, torn and hostile files, as often as the README's table says (20 min)
+test-faults: develop  ## kills, hangs, full disks, torn and hostile files, as often as the README's table says (20 min)
 	DIST_TRAIN_ALL_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/faults $(ARGS)
 
-test-slow: install  ## the tests that take minutes: Model 5 at its full size
+test-slow: develop  ## the tests that take minutes: Model 5 at its full size
 	$(BIN)/pytest -m slow $(ARGS)
 
 tensorboard: install  ## open the runs in TensorBoard, on this machine only
@@ -54,23 +64,23 @@ bench-scaling: install  ## what NPROC processes cost, two if not said, beside on
 bench-data: install  ## speed of preparing and reading data, beside the usual ways (ARGS="--data.path=…")
 	$(BIN)/python -m dist_train bench-data configs/bench_data.yaml $(ARGS)
 
-lint: install  ## ruff: lint and format
+lint: develop  ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install  ## ruff: mend what it can
+format: develop  ## ruff: mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-type: install  ## mypy
+type: develop  ## mypy
 	$(BIN)/mypy
 
 check: lint type test  ## all static checks and the tests
 
-readme: install  ## write the README's table of settings anew
+readme: develop  ## write the README's table of settings anew
 	$(BIN)/python tests/readme_settings.py
 
-schema: install  ## write the schemas of configs anew, by which editors complete and check keys
+schema: develop  ## write the schemas of configs anew, by which editors complete and check keys
 	$(BIN)/python -m tests.config_schemas
 
 clean:  ## remove the environment and caches; runs and prepared data stay

@@ -123,6 +123,13 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> subpr
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=180)
 
 
+def free_port() -> int:
+    """Return a port at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start_together(
     arguments_of_rank: Sequence[Sequence[str]],
     environment: dict[str, str] | None = None,
@@ -130,9 +137,7 @@ def start_together(
     program: Sequence[str] = ("-m", "dist_train"),
 ) -> list[Started]:
     """Start `train` in processes joined by hand, as nodes would be, without a launcher; each in one of `folders`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     count = str(len(arguments_of_rank))
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     address = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}

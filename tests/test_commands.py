@@ -1,6 +1,5 @@
 """The command line: help without torch, one line for every mistake, what a run ends by saying."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command
 
 COMMANDS = ["prepare", "train", "launch", "bench", "bench-data", "compare"]
 
@@ -85,9 +84,3 @@ def test_train_ends_by_naming_what_it_made(tiny_arguments: Callable[..., list[st
     longer = run_command("train", *tiny_arguments({"train.max_iters": 13}))
     assert longer.returncode == 0
     assert "continued from step 12" in longer.stdout
-
-
-def test_launch_scripts_are_shell_and_pass_arguments_on() -> None:
-    for script in (ROOT / "launch").glob("*.sh"):
-        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-        assert re.search(r'-m dist_train (train|launch "\$\{NPROC:-auto\}") "\$@"', script.read_text())

@@ -22,7 +22,7 @@ def test_settings_configs_and_targets_that_it_names_exist() -> None:
         assert (ROOT / config).exists(), config
     for target in re.findall(r"^make ([a-z]+)|`make ([a-z]+)", README, re.MULTILINE):
         assert re.search(rf"^{''.join(target)}:", MAKEFILE, re.MULTILINE), target
-    for script in re.findall(r"launch/\w+\.sh", README):
+    for script in re.findall(r"launch/\w+\.\w+", README):
         assert (ROOT / script).exists(), script
 
 
