@@ -187,8 +187,9 @@ def node(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
     def start(python: str, rank: int = 0, nodes: int = 1) -> subprocess.Popen[str]:
         wrapper = project / ".venv/bin/python"
-        wrapper.write_text(f"#!/bin/sh\n{python}\n")
-        wrapper.chmod(0o755)
+        if not wrapper.exists():  # one that another node is starting cannot be written
+            wrapper.write_text(f"#!/bin/sh\n{python}\n")
+            wrapper.chmod(0o755)
         variables = {
             "CONFIG": "tiny.yaml",
             "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * nodes),
