@@ -31,8 +31,13 @@ def _prepare(settings: Settings, dry_run: bool) -> None:
     Console().print(description_table(describe_once(settings.data.dir, manifest)))
 
 
-def _train(settings: Settings) -> None:
+def _train(settings: Settings, dry_run: bool, **options: Any) -> None:
     """train a network in one process; under a launcher with all that it started"""
+    given = {name: value for name, value in options.items() if value is not None}
+    if dry_run:
+        return _estimate(settings, **given)
+    if given:
+        raise UserError(f"--{next(iter(given))} goes with --dry-run; see --help")
     from dist_train.runtime.stop import hold_back
 
     hold_back()  # until the run listens, after a second of imports
@@ -53,6 +58,13 @@ def _train(settings: Settings) -> None:
     if sample:
         print(f"sample text  {sample}")
     print(f"tensorboard  {sys.executable} -m tensorboard.main --host localhost --logdir {folder.root.parent}")
+
+
+def _estimate(settings: Settings, processes: int = 1, **options: Any) -> None:
+    from dist_train.training.estimate import estimate
+
+    for what, amount in estimate(settings, processes, **options).items():
+        print(f"{what:<9}{amount}")
 
 
 def _launch(loaded: tuple[Settings, list[str]], **options: Any) -> int:
@@ -186,7 +198,26 @@ COMMANDS = {
             "--dry-run": {"action": "store_true", "help": "say what would be read and written, and write nothing"}
         },
     ),
-    "train": Command(_train),
+    "train": Command(
+        _train,
+        usage="CONFIG [--dry-run [--processes=N] [--gpu=NAME] [--mfu=SHARE]]",
+        options={
+            "--dry-run": {
+                "action": "store_true",
+                "help": "say what the run would take, in FLOPs, memory for each process, and time, and train nothing",
+            },
+            "--processes": {"type": int, "metavar": "N", "help": "with --dry-run: on so many GPUs (1)"},
+            "--gpu": {
+                "metavar": "NAME",
+                "help": "with --dry-run: of this kind, as H100, H200 or A100 (the one that is here, else H100)",
+            },
+            "--mfu": {
+                "type": float,
+                "metavar": "SHARE",
+                "help": "with --dry-run: at this share of their peak FLOP/s (0.4)",
+            },
+        },
+    ),
     "launch": Command(
         _launch,
         _load_for_launch,

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_train.model.cost import step_flops
 from dist_train.model.dropout import Dropout
-from dist_train.model.flops import step_flops
 from dist_train.model.gpt import GPT, Attention, Block
 from dist_train.training.loss import LastKLoss, cross_entropy
 

@@ -129,6 +129,10 @@ class GPT(nn.Module):
         self.final_norm = LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
         scale = settings.logit_scale
         self.logit_scale = settings.n_embd**-0.5 if scale == "rsqrt_n_embd" else float(scale)
+        for part in settings.freeze:
+            embeddings = (self.token_embedding, self.position_embedding)
+            for module in embeddings if part == "embeddings" else (self.blocks[part],):
+                module.requires_grad_(False)
 
     def forward(self, tokens_BT: Tensor, last_k: int, past: Past | None = None) -> Tensor:
         """Return the logits [B, S, V] of the last S = `last_k` of the T positions of `tokens_BT` (int64).
@@ -160,13 +164,16 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
+def outline(settings: ModelSettings, n_vocab: int) -> GPT:
+    """Return a network without numbers: names, shapes and what learns."""
+    with torch.device("meta"):
+        return GPT(settings, n_vocab)
+
+
 def build(settings: ModelSettings, n_vocab: int, seed: int, device: torch.device) -> GPT:
     """Return an initialised fp32 network on `device`; the same weights for the same seed on every device."""
-    with torch.device("meta"):
-        network = GPT(settings, n_vocab)
-    network.to_empty(device="cpu")
+    network = outline(settings, n_vocab).to_empty(device="cpu")
     initialize(network, torch.Generator().manual_seed(seed))
-    _freeze(network)
     return network.to(device)
 
 
@@ -175,14 +182,6 @@ def recompute_blocks(network: GPT) -> None:
     for block in network.modules():
         if isinstance(block, Block):
             block.recompute()
-
-
-def _freeze(network: GPT) -> None:
-    """Give what `model.freeze` names no gradient: autograd then computes none of what only it would need."""
-    for part in network.settings.freeze:
-        embeddings = (network.token_embedding, network.position_embedding)
-        for module in embeddings if part == "embeddings" else (network.blocks[part],):
-            module.requires_grad_(False)
 
 
 @torch.no_grad()

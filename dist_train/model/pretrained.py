@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PositiveFloat, ValidationError
 from torch import Tensor
 
 from dist_train.errors import UserError
-from dist_train.model.gpt import GPT
+from dist_train.model.gpt import GPT, outline
 from dist_train.sections import ModelSettings
 
 # Modules of the network, and of each block: ours, theirs.
@@ -42,8 +42,7 @@ def turned(name: str, tensor: Tensor) -> Tensor:
 
 def like(settings: ModelSettings, n_vocab: int) -> dict[str, Tensor]:
     """Return tensors without content of the names, shapes and types of a network's weights."""
-    with torch.device("meta"):
-        return GPT(settings, n_vocab).state_dict()
+    return outline(settings, n_vocab).state_dict()
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from dist_train.errors import UserError
 
 # Peak dense bf16 (fp16 where there is no bf16) matrix FLOP/s without sparsity, from NVIDIA's datasheets.
-_PEAK_FLOPS = {
+PEAK_FLOPS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
@@ -66,9 +66,15 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     """Return the device's peak FLOP/s in 16-bit matrix products, or None where it is not known or not what runs."""
     if device.type != "cuda" or precision == torch.float32:
         return None
+    known = known_gpu(torch.cuda.get_device_name(device))
+    return PEAK_FLOPS[known] if known else None
+
+
+def known_gpu(name: str) -> str | None:
+    """Return which of `PEAK_FLOPS` a GPU is that calls itself `name`."""
     # Whole words: an L40 is no L4.
-    words = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
-    return next((flops for name, flops in _PEAK_FLOPS.items() if set(name.split()) <= words), None)
+    words = set(re.split(r"[\s-]", name))
+    return next((known for known in PEAK_FLOPS if set(known.split()) <= words), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -65,6 +65,14 @@ def rows_at_once(network: GPT) -> int:
     return max(1, _LOGITS_AT_ONCE // network.token_embedding.num_embeddings)
 
 
+def logits_bytes(network: GPT, positions: int, width_bytes: int) -> int:
+    """Return about how much head and loss hold at once for so many positions, with logits of `width_bytes`."""
+    rows, (V, D) = rows_at_once(network), network.token_embedding.weight.shape
+    if 4 * positions <= rows:
+        return positions * V * (width_bytes + 3 * 4)  # as they are, in float32, their log-softmax, its gradient
+    return min(rows, positions) * V * width_bytes + V * D * 2 * width_bytes + positions * D * 4
+
+
 def _precision(hidden: Tensor) -> torch.dtype:
     """Return the type that a matrix product of `hidden` runs in."""
     device = hidden.device.type

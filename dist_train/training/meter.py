@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import Settings
-from dist_train.model.flops import step_flops
+from dist_train.model.cost import step_flops
 from dist_train.runtime.device import peak_flops, peak_memory_bytes
 from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process

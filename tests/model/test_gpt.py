@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.bench.memory import added_bytes
 from dist_train.errors import UserError
-from dist_train.model.flops import step_flops
+from dist_train.model.cost import step_flops
 from dist_train.model.gpt import GPT, MLP, Block, build, recompute_blocks
 from dist_train.sections import ModelSettings
 

@@ -11,7 +11,7 @@ import pytest
 from dist_train.config import Settings
 from dist_train.config_file import load_settings
 from dist_train.errors import UserError
-from dist_train.model.flops import step_flops
+from dist_train.model.cost import step_flops
 from dist_train.training.curriculum import last_k_at
 from dist_train.training.trainer import train
 from tests.conftest import losses, metrics, run_torchrun

@@ -1,4 +1,4 @@
-"""How much work an update of the weights is. Axes as in `gpt.py`."""
+"""How much work an update of the weights is, and what it keeps in memory meanwhile. Axes as in `gpt.py`."""
 
 from dist_train.sections import ModelSettings
 
@@ -26,3 +26,20 @@ def step_flops(settings: ModelSettings, n_rows: int, sequences: int, last_k: int
             # Up to what backward needs: without dropout behind it that is not the MLP's last product.
             flops += linear + attention - (0 if settings.dropout else 2 * 4 * D * D * S)
     return sequences * (flops + 2 * D * n_rows * S * (2 + learns_embeddings))
+
+
+def kept_bytes(settings: ModelSettings, sequences: int, last_k: int, width_bytes: int, recomputes: bool = False) -> int:
+    """Return about how much the blocks keep of `sequences` × block_size tokens from forward until backward.
+
+    The residual stream and dropout's masks in four bytes and one, whatever else linear layers read in `width_bytes`.
+    With `recomputes` the blocks' inputs, and one whole block, while it is run again.
+    """
+    T, D = settings.block_size, settings.n_embd
+    masks = 2 if settings.dropout else 0
+    # The stream, as both norms read it; their results; queries, keys and values, what was attended to; what widens.
+    asked = 4 + masks + (1 + 1 + 1 + 4) * width_bytes
+    everywhere = 4 + (1 + 2) * width_bytes
+    blocks = [sequences * D * (everywhere * T + asked * S) for S in [T] * (settings.n_layer - 1) + [last_k]]
+    if recomputes:
+        return 4 * sequences * T * D * settings.n_layer + max(blocks)
+    return sum(blocks)
