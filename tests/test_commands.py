@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT, run_command
 
-COMMANDS = ["prepare", "train", "launch", "bench", "bench-data", "compare"]
+COMMANDS = ["prepare", "train", "launch", "bench", "bench-data", "compare", "generate"]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
