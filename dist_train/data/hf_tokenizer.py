@@ -101,8 +101,6 @@ def _alphabet() -> dict[int, str]:
 
 
 _CHARACTERS = _alphabet()
-
-
 _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 

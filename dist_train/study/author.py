@@ -88,7 +88,7 @@ def _read_tokenizer(folder: Path) -> tiktoken.Encoding:
     try:
         return read_tokenizer(read_json(resolved(folder / TOKENIZER)))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(
             f"cannot read {folder / TOKENIZER}: {reason}; use a folder that `export` wrote, or put GPT-2's there"
         ) from None

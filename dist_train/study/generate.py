@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from dist_train.config import derive_seed
 from dist_train.data.tokenizer import end_of_text
@@ -46,6 +47,8 @@ class GenerateOptions:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UserError(f"{name}={number} asks for no text; use 1 or more")
+        if sys.stdin is None and (self.interactive or "-" in self.prompt):
+            raise UserError("there is no standard input to read; start it without closing that, or give --prompt=TEXT")
         if self.interactive and self.num_samples is not None:
             raise UserError("num_samples: --interactive continues one text; leave --num-samples out")
         self.sampling(temperature=1.0)
@@ -66,7 +69,7 @@ def run_generate(path: Path, options: GenerateOptions) -> None:
     prompts = _prompts(author, options)
     for index, number in itertools.product(range(len(prompts)), range(options.num_samples or 1)):
         _show("\n" if index or number else "")
-        if sys.stdout.isatty() and (len(prompts) > 1 or (options.num_samples or 1) > 1):
+        if _is_terminal(sys.stdout) and (len(prompts) > 1 or (options.num_samples or 1) > 1):
             _show(f"── prompt {index + 1}, sample {number + 1} ──\n")
         before = author.read(prompts[index]) or [end_of_text(author.encoding)]
         _show_all(author.spell(itertools.chain(before, _continue(author, options, before, number))))
@@ -84,7 +87,7 @@ def _converse(author: Author, options: GenerateOptions) -> None:
     """Continue one text, to which the user adds a line at a time."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - `input` edits lines with it
-    if sys.stdin.isatty():
+    if _is_terminal(sys.stdin):
         print(
             "This network continues a text, it does not answer. Type how the text begins or goes on, or nothing to "
             "see more of it; Ctrl-C stops it, Ctrl-D ends.",
@@ -98,12 +101,12 @@ def _converse(author: Author, options: GenerateOptions) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             _show_all(author.spell(_kept(_continue(author, options, list(text), number), text)))
         if text[-1] == end_of_text(author.encoding):
-            _show("(the text has ended; another begins)\n" if sys.stdout.isatty() else "")
+            _show("(the text has ended; another begins)\n" if _is_terminal(sys.stdout) else "")
 
 
 def _ask() -> str | None:
     """Return a line of the user's; None at the end, which a second Ctrl-C is too."""
-    is_watched = sys.stdin.isatty() and sys.stdout.isatty()
+    is_watched = _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     try:
         return input("> " if is_watched else "")
     except (EOFError, KeyboardInterrupt):
@@ -127,12 +130,10 @@ def _prompts(author: Author, options: GenerateOptions) -> list[str]:
     """Return the prompts that were given; else what is piped or redirected here; else the run's own."""
     if options.prompt:
         return _given(options)
-    # A closed or empty input, as a scheduler's, says nothing. /dev/null and terminals are neither pipe nor file.
-    with contextlib.suppress(OSError):
-        mode = os.fstat(0).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-            return [_standard_input() or author.sample.prompt]
-    return [author.sample.prompt]
+    # /dev/null and terminals are neither pipe nor file. None: closed, and its number perhaps another file's.
+    mode = os.fstat(0).st_mode if sys.stdin else 0
+    is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    return [(_standard_input() if is_piped else "") or author.sample.prompt]
 
 
 def _given(options: GenerateOptions) -> list[str]:
@@ -160,5 +161,8 @@ def _show_all(pieces: Iterable[str]) -> None:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    print(text.translate(_HARMLESS) if _is_terminal(sys.stdout) else text, end="", flush=True)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()

@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from dist_train.__main__ import main
 from dist_train.config import Settings
@@ -66,6 +69,23 @@ def test_run_checkpoint_and_exported_folder_write_the_same(run: Path, tmp_path: 
     assert generate(run / "checkpoints/step-000001", *asked) == written
     assert generate(tmp_path / "out", *asked) == written
     assert generate(run, *asked[:-1]) != written
+
+
+def test_a_folder_that_hugging_faces_libraries_wrote_is_continued_as_they_do(
+    run: Path, tmp_path: Path, generate: Generate
+) -> None:
+    export(run, tmp_path / "out")
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that no two tokens are as likely
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs/tokenizer.json").read_text() != (tmp_path / "out/tokenizer.json").read_text()
+    tokens = model.generate(**tokenizer("The é", return_tensors="pt"), max_new_tokens=9, do_sample=False)[0]
+    written = generate(tmp_path / "theirs", "--prompt=The é", "--max-new-tokens=9", "--temperature=0")
+    assert written == bytes(tokens.tolist()).decode(errors="replace") + "\n"
 
 
 def test_what_is_not_asked_for_is_as_the_run_samples(run: Path, generate: Generate) -> None:
