@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=command.run.__doc__,
             description=f"{name}: {command.run.__doc__}.",
-            epilog=_settings_help() if command.metavar == "CONFIG" else None,
+            epilog=_settings_help() if command.metavar == "CONFIG" else command.notes,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"dist-train {name} {command.usage}" + " [--section.key=value ...]" * (command.metavar == "CONFIG"),
             allow_abbrev=False,

@@ -141,6 +141,13 @@ def _load_run(run: Path, overrides: Sequence[str]) -> Path:
     return run
 
 
+def _generate(network: Path, **options: Any) -> None:
+    """continue a text with what a run, one of its checkpoints or an exported folder has learned"""
+    from dist_train.study.generate import GenerateOptions, run_generate
+
+    run_generate(network, GenerateOptions(**options))
+
+
 def _export(folder: Path, saved: Path) -> None:
     """write a run's newest checkpoint, or one given by its folder, as a folder that Hugging Face's libraries load"""
     from dist_train.study.export import export
@@ -159,6 +166,8 @@ class Command(NamedTuple):
     config_help: str = "a YAML file of settings, as in configs/"
     usage: str = "CONFIG"
     metavar: str = "CONFIG"
+    notes: str | None = None
+    """What --help ends with, where it is not the table of settings."""
     options: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - nobody changes it
     """What `run` takes by name, and what argparse has to know of it. Those without dashes come before CONFIG."""
 
@@ -189,6 +198,42 @@ _RUN_HELP = "the folder of a run, as `train` wrote it"
 _DEVICE_OPTION: dict[str, dict[str, Any]] = {
     "--device": {"choices": ["auto", "cuda", "mps", "cpu"], "default": "auto", "help": "where to compute (auto)"}
 }
+
+_GENERATE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--prompt": {
+        "action": "append",
+        "default": [],
+        "metavar": "TEXT",
+        "help": "what to continue, may be given several times; '' begins a text; - is all of standard input, as is a "
+        "pipe without --prompt (the run's sample.prompt)",
+    },
+    "--temperature": {
+        "type": float,
+        "metavar": "T",
+        "help": "below 1 is safer, above 1 wilder, 0 always takes the likeliest token (the run's sample.temperature)",
+    },
+    "--top-k": {"type": int, "metavar": "K", "help": "draw among the K likeliest tokens alone"},
+    "--top-p": {"type": float, "metavar": "P", "help": "draw among the likeliest that together have probability P"},
+    "--num-samples": {"type": int, "metavar": "N", "help": "texts after each prompt, one after another (1)"},
+    "--max-new-tokens": {
+        "type": int,
+        "metavar": "N",
+        "help": "stop after N tokens, or where the network ends the text (the run's sample.max_new_tokens); beyond "
+        "model.block_size it sees the last tokens alone, and each takes longer",
+    },
+    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "gives the same texts again, another others (0)"},
+    "--interactive": {"action": "store_true", "help": "continue one text, to which you add a line at a time"},
+    **_DEVICE_OPTION,
+}
+_GENERATE_NOTES = """\
+A network trained here continues a text; it does not answer. One trained on the final token alone has learned to predict
+after model.block_size tokens: give it a prompt of that length.
+
+examples:
+  dist-train generate runs/quickstart --prompt "The value of" --temperature 0.7
+  dist-train generate runs/quickstart --num-samples 3 --top-p 0.9 --seed 1
+  dist-train generate runs/quickstart/checkpoints/step-000240 --interactive
+  head -c 2000 book.txt | dist-train generate gpt2 --top-k 50 > continued.txt"""
 
 COMMANDS = {
     "prepare": Command(
@@ -258,6 +303,16 @@ COMMANDS = {
     ),
     "inspect": Command(
         _inspect, _load_run, _RUN_HELP, usage="RUN [--device DEVICE]", metavar="RUN", options=_DEVICE_OPTION
+    ),
+    "generate": Command(
+        _generate,
+        _load_run,
+        f"{_RUN_HELP}, or of one checkpoint in it, a folder that `export` wrote, or GPT-2's: gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl",
+        usage="RUN [--prompt TEXT ...] [--interactive] [--temperature T] [--top-k K] [--top-p P] ...",
+        metavar="RUN",
+        notes=_GENERATE_NOTES,
+        options=_GENERATE_OPTIONS,
     ),
     "export": Command(
         _export,

@@ -13,6 +13,15 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 from dist_train.setting_types import Adjustable, Count, FilePath, Section, StepWindow, fit_file_system
 
 
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Return the seed (63 bits) of one generator, named by its purpose and e.g. step and rank.
+
+    Derived seeds need no generator state in checkpoints, and drawing for one purpose never moves another.
+    """
+    key = json.dumps([seed, purpose, *numbers]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
 class RunSettings(Section):
     out_dir: Adjustable[FilePath]
     """Run folder: settings, metrics, checkpoints, samples, plots. By default `runs/` and the config's name."""
@@ -20,12 +29,8 @@ class RunSettings(Section):
     """All randomness of a run is derived from this number: weights, windows, dropout, samples."""
 
     def derive_seed(self, purpose: str, *numbers: int) -> int:
-        """Return the seed (63 bits) of one generator, named by its purpose and e.g. step and rank.
-
-        Derived seeds need no generator state in checkpoints, and drawing for one purpose never moves another.
-        """
-        key = json.dumps([self.seed, purpose, *numbers]).encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        """Return the seed of one of the run's generators, as the function of this name does."""
+        return derive_seed(self.seed, purpose, *numbers)
 
 
 class DataSettings(Section):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import run_command
 
-COMMANDS = ["prepare", "train", "launch", "bench", "bench-data", "compare"]
+COMMANDS = ["prepare", "train", "launch", "bench", "bench-data", "compare", "generate"]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -101,7 +101,16 @@ def _alphabet() -> dict[int, str]:
 
 
 _CHARACTERS = _alphabet()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 
 
 def _spell(token: bytes) -> str:
     return "".join(_CHARACTERS[byte] for byte in token)
+
+
+def unspell(characters: str) -> bytes:
+    """Return the bytes that `tokenizer_json` spells so. Raises `ValueError` for a character that stands for none."""
+    try:
+        return bytes(_BYTES[character] for character in characters)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]!r} stands for no byte") from None

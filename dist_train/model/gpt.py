@@ -122,8 +122,8 @@ class GPT(nn.Module):
         super().__init__()
         self.settings, self.n_vocab = settings, n_vocab
         rows = math.ceil(n_vocab / settings.vocab_multiple) * settings.vocab_multiple
-        self.token_embedding = nn.Embedding(rows, settings.n_embd)
-        self.position_embedding = nn.Embedding(settings.block_size, settings.n_embd)
+        self.token_embedding = _table(rows, settings.n_embd)
+        self.position_embedding = _table(settings.block_size, settings.n_embd)
         self.dropout = Dropout(settings.dropout)
         self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.n_layer)])
         self.final_norm = LayerNorm(settings.n_embd, eps=settings.norm_eps, bias=settings.bias)
@@ -162,6 +162,11 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         """Return how many numbers are learned; the tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding with no numbers yet: to draw some on the meta device imports torch's compiler, for 0.7 s."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def outline(settings: ModelSettings, n_vocab: int) -> GPT:

@@ -88,12 +88,21 @@ def load(network: GPT, weights: Weights) -> None:
     for name, parameter in network.named_parameters():
         tensor = weights.read(name)
         if not tensor.isfinite().all():
-            raise UserError(f"model.init_from: {name} of {weights.where} is not finite; use other weights")
+            raise UserError(f"{name} of {weights.where} is not finite; use other weights")
         if name.startswith("final_norm.") and scale != 1:
             tensor = tensor * scale
         # Only embeddings differ in length: by positions, and by rows that pad the vocabulary and predict nothing.
         rows = min(len(parameter), len(tensor))
         parameter[:rows].copy_(tensor[:rows])
+
+
+def network_of(weights: Weights, device: torch.device) -> GPT:
+    """Return the network that `weights` are of, on `device` and in eval mode. Raises `UserError` as `load` does."""
+    with torch.device("meta"):
+        network = GPT(weights.settings, weights.n_vocab)
+    network.to_empty(device=device)
+    load(network, weights)
+    return network.eval()
 
 
 class _Config(BaseModel):

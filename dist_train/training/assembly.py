@@ -1,5 +1,7 @@
 """The parts of a run, and how they are put together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +135,8 @@ def _open_weights(settings: Settings, folder: RunFolder) -> Weights | None:
     """
     if settings.model.init_from is None or checkpoints_in(folder.checkpoints):
         return None
-    weights = open_weights(settings.model.init_from)
+    with _naming_init_from():
+        weights = open_weights(settings.model.init_from)
     require_fit(weights, settings.model, load_tokenizer(settings.data.tokenizer).n_vocab)
     return weights
 
@@ -143,8 +146,18 @@ def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, pr
     device = torch.device("cpu") if is_sharded(settings.runtime, process) else process.device
     network = build(settings.model, n_vocab, settings.run.derive_seed("weights"), device)
     if weights:
-        load(network, weights)
+        with _naming_init_from():
+            load(network, weights)
     return network
+
+
+@contextmanager
+def _naming_init_from() -> Iterator[None]:
+    """Name the setting in what is wrong with the weights, which others read too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
 
 
 def _open_folder(

@@ -47,7 +47,7 @@ def estimate(settings: Settings, processes: int, gpu: str | None = None, mfu: fl
         "network": f"{_parameters(network)}; {settings.model.n_layer} blocks, {settings.model.n_embd} wide",
         "update": f"{_up_to(flops.values())}FLOP: {batch_size:,} sequences of {T:,} tokens, "
         f"{micro_batch_size(settings.train, processes)} at once on each process",
-        "run": f"{settings.train.max_iters:,} updates, {_short(sequences * T)}tokens, of which the loss sees "
+        "run": f"{settings.train.max_iters:,} updates, {_short(sequences * T).rstrip()} tokens, of which the loss sees "
         f"{_short(supervised)}; {_short(total_flops)}FLOP",
         "memory": f"about {_gib(sum(memory.values()))} on {where}: "
         + ", ".join(f"{name} {_gib(n_bytes)}" for name, n_bytes in memory.items()),

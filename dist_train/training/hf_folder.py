@@ -32,16 +32,14 @@ def open_folder(folder: Path, where: str) -> Weights:
     Raises `UserError` for a network that is none of ours, and for a tensor that is missing, too much or another.
     """
     try:
-        settings, n_vocab = read_config(read_json(_resolved(folder / CONFIG)))
+        settings, n_vocab = read_config(read_json(resolved(folder / CONFIG)))
         files = _Files(folder)
         expected = {their_name(name): turned(name, tensor) for name, tensor in like(settings, n_vocab).items()}
         files.require(expected)
         biases = [files.read(name) for name in expected if name.endswith(".bias")]
     except (OSError, ValueError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"model.init_from: cannot start from {where}: {reason}; use GPT-2 weights as safetensors"
-        ) from None
+        raise UserError(f"cannot start from {where}: {reason}; use GPT-2 weights as safetensors") from None
     return Weights(
         where=where,
         settings=settings,
@@ -61,7 +59,7 @@ class _Files:
         """Raise `OSError`, `ValueError` or `SafetensorError`, with a line for the user, for what is no such folder."""
         places: dict[str, Any]
         if (folder / INDEX).exists():
-            index = read_json(_resolved(folder / INDEX))
+            index = read_json(resolved(folder / INDEX))
             places = index.get("weight_map") if isinstance(index, dict) else None  # type: ignore[assignment]
             if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
                 raise ValueError(f"{INDEX} has no weight_map of file names")
@@ -103,12 +101,12 @@ class _Files:
 
 
 def _open(path: Path) -> Any:
-    place = _resolved(path)
+    place = resolved(path)
     os.close(open_regular(place))
     return safe_open(place, "pt")
 
 
-def _resolved(path: Path) -> Path:
+def resolved(path: Path) -> Path:
     """Return where a file of the hub's cache lies: `snapshots/COMMIT/NAME` there is a link into `blobs`.
 
     Any other link stays one, and is refused when it is opened.

@@ -24,7 +24,7 @@ def open_weights(init_from: str) -> Weights:
 
     Raises `UserError` if there are none, or none of this network's layout.
     """
-    if init_from in _COMMITS:
+    if is_gpt2(init_from):
         return open_folder(_download(init_from), init_from)
     path = Path(init_from).expanduser()
     if (path / CONFIG).exists():
@@ -32,9 +32,14 @@ def open_weights(init_from: str) -> Weights:
     if is_saved(path):
         return open_saved(path).weights(init_from)
     raise UserError(
-        f"model.init_from: there is nothing to start from at {init_from}; use {', '.join(_COMMITS)}, a folder with "
+        f"there is nothing to start from at {init_from}; use {', '.join(_COMMITS)}, a folder with "
         f"{CONFIG} and {WEIGHTS}, or one of a run or checkpoint"
     )
+
+
+def is_gpt2(init_from: str) -> bool:
+    """Tell whether `init_from` names GPT-2's own weights, which go with its own tokenizer."""
+    return init_from in _COMMITS
 
 
 def _download(name: str) -> Path:
@@ -50,13 +55,11 @@ def _download(name: str) -> Path:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         remedy = (
-            "a pickled pytorch_model.bin is not read; set a folder that has both"
+            "a pickled pytorch_model.bin is not read; use a folder that has both"
             if is_missing
-            else "connect to the internet once, or set a folder that has them"
+            else "connect to the internet once, or use a folder that has them"
         )
-        raise UserError(
-            f"model.init_from: cannot get {CONFIG} and {WEIGHTS} of {repository} ({lines[0]:.200}); {remedy}"
-        ) from None
+        raise UserError(f"cannot get {CONFIG} and {WEIGHTS} of {repository} ({lines[0]:.200}); {remedy}") from None
 
 
 def bit_sums(network: nn.Module) -> dict[str, int]:

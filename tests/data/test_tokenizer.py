@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from dist_train.data.tokenizer import (
-    _GPT2_PATTERN,
     _LONG_SPACE,
     END_OF_TEXT,
+    GPT2_PATTERN,
     decode,
     encode_document,
     end_of_text,
@@ -217,7 +217,7 @@ def test_a_million_spaces_are_cut_as_fewer_are(ending: str) -> None:
 @pytest.fixture(scope="module")
 def ours() -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(_PAIRS)}
-    return tiktoken.Encoding("ours", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "p50k_base"])
