@@ -38,7 +38,7 @@ BOMB = "a: &a [1, 1, 1]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}, *b{n -
         ('run: {out_dir: "a\\0b"}', r"line 1: 'a\x00b' holds a NUL"),
         (r'sample: {prompt: "\ud800"}', "is not valid UTF-8"),
         (r'"\ud800": {}', "is not valid UTF-8"),
-        ('optim: {name: "a\\nb\\e[2J"}', r"optim.name: Input should be 'adamw' (got 'a\nb\x1b[2J')"),
+        ('optim: {name: "a\\nb\\e[2J"}', r"optim.name: Input should be 'adamw' or 'muon' (got 'a\nb\x1b[2J')"),
         ('"a\\nb": 1', r"a\nb: unknown key"),
         (f"optim: {{name: {'x' * 9999}}}", "…)"),
         ("evall: {interval: 5}", "evall: unknown key; did you mean eval?"),
