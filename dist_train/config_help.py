@@ -2,6 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from dist_train.config import Settings
 from dist_train.setting_types import is_adjustable
@@ -17,5 +20,16 @@ def describe_settings() -> Iterator[tuple[str, str, str]]:
 
 def may_change(dotted: str) -> bool:
     """Tell whether the setting `section.key` may change when a run is continued."""
+    return is_adjustable(_field(dotted))
+
+
+def default_of(dotted: str) -> Any:
+    """Return the default of the setting `section.key` as a JSON value; None also for one that has none."""
+    field = _field(dotted)
+    return None if field.is_required() else json.loads(json.dumps(field.default))
+
+
+def _field(dotted: str) -> FieldInfo:
     section, _, key = dotted.partition(".")
-    return is_adjustable(Settings.model_fields[section].annotation.model_fields[key])  # type: ignore[union-attr]
+    fields: dict[str, FieldInfo] = Settings.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    return fields[key]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import Settings
-from dist_train.config_help import may_change
+from dist_train.config_help import default_of, may_change
 from dist_train.errors import UserError, one_line
 from dist_train.runtime.parallel import Replica
 from dist_train.training.checkpoint import (
@@ -112,13 +112,16 @@ def _all_damaged(folder: Path) -> UserError:
 def differences(saved: Mapping[str, Any], wanted: Settings) -> tuple[Changes, Changes]:
     """Return in which keys `wanted` differs from `saved`, which is by section: first those that may, then the rest.
 
-    A setting that one side does not know, from another version of the code, is one of the rest.
+    A setting that one side does not know, from another version of the code, is one of the rest, unless it is new and
+    has its default: that is what was done before it was there.
     """
     old = {f"{section}.{key}": value for section, keys in saved.items() for key, value in keys.items()}
     new = wanted.by_key()
     allowed: Changes = {}
     refused: Changes = {}
     for key in {**old, **new}:
+        if key not in old and new[key] == default_of(key):
+            continue
         if key not in old or key not in new:
             refused[key] = (old.get(key), new.get(key))
         elif old[key] != new[key]:

@@ -27,7 +27,7 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(checkpoints: Path, t
 
     edit_json(rename)(checkpoints / "step-000002" / "state.json")
     vouch(checkpoints / "step-000002")
-    with pytest.raises(UserError, match=r"model\.norm_epsilon was 1e-05, is null; model\.norm_eps was null, is 1e-05"):
+    with pytest.raises(UserError, match=r"model\.norm_epsilon was 1e-05, is null; set them back"):
         start(tiny()).resume(checkpoints)
 
 
@@ -74,3 +74,11 @@ def test_a_setting_that_one_side_lacks_is_refused(tiny: Tiny) -> None:
     allowed, refused = differences(saved, tiny())
     assert not allowed
     assert refused == {"eval.often": (4, None), "eval.interval": (None, 4)}
+
+
+def test_a_setting_that_was_not_there_yet_may_have_its_default(tiny: Tiny) -> None:
+    saved = tiny().model_dump(mode="json")
+    for section, key in (("model", "freeze"), ("log", "wandb"), ("optim", "ema_decay")):
+        del saved[section][key]
+    assert differences(saved, tiny()) == ({}, {})
+    assert differences(saved, tiny({"model.freeze": "[0]"}))[1] == {"model.freeze": (None, [0])}
