@@ -1,4 +1,7 @@
-"""From a plain module to a compiled, mixed-precision, data-parallel one. The only file that names these techniques."""
+"""From a plain module to a compiled, mixed-precision, data-parallel one.
+
+This file alone names these techniques, and `sharding.py` the one of keeping parts.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -144,8 +147,8 @@ class Replica:
     def take_part_square_norm(self) -> Tensor | None:
         """Return the squared norm of the gradient of a part of this update, a scalar, and forget it.
 
-        The part has `measured_part` sequences; it is weighted as in the whole gradient, of which it
-        is a summand. None where the part is all of it. To be called before `update`, which changes float16's scale.
+        The part has `measured_part` sequences; it is weighted as in the whole gradient, of which it is a summand. None
+        where the part is all of it. To be called before `update`, which changes float16's scale.
         """
         square, self._part_norm.square = self._part_norm.square, None
         return None if square is None else square / self.scaler.scale(torch.ones_like(square)).square()
