@@ -183,26 +183,6 @@ class Replica:
         torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), at_most, norm)
 
 
-def replicate(
-    network: nn.Module,
-    objective: nn.Module,
-    process: Process,
-    settings: RuntimeSettings,
-    ema_decay: float | None = None,
-) -> Replica:
-    """Return what `runtime.parallel` says: this process's copy of a network, or its part of one."""
-    if not is_sharded(settings, process):
-        return Replica(network, objective, process, settings, ema_decay)
-    from dist_train.runtime.sharding import ShardedReplica  # takes a second to import
-
-    return ShardedReplica(network, objective, process, settings, ema_decay)
-
-
-def is_sharded(settings: RuntimeSettings, process: Process) -> bool:
-    """Tell whether processes are to keep parts of a network; a single one has all of it."""
-    return settings.parallel == "fsdp" and process.world_size > 1
-
-
 def _data_parallel(
     objective: nn.Module, device: torch.device, settings: RuntimeSettings, part_norm: _PartNorm | None
 ) -> DistributedDataParallel:

@@ -18,7 +18,7 @@ from dist_train.data.windows import Windows
 from dist_train.errors import UserError
 from dist_train.model.gpt import GPT, build, recompute_blocks
 from dist_train.model.pretrained import Weights, load, require_fit
-from dist_train.runtime.parallel import Replica, is_sharded, replicate
+from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process
 from dist_train.runtime.shares import micro_batch_size
 from dist_train.training.checkpoint import checkpoints_in
@@ -143,7 +143,7 @@ def _open_weights(settings: Settings, folder: RunFolder) -> Weights | None:
 
 def _build_network(settings: Settings, n_vocab: int, weights: Weights | None, process: Process) -> GPT:
     # Of one that is going to be cut the device need never hold all.
-    device = torch.device("cpu") if is_sharded(settings.runtime, process) else process.device
+    device = torch.device("cpu") if _is_cut(settings, process) else process.device
     network = build(settings.model, n_vocab, settings.run.derive_seed("weights"), device)
     if weights:
         with _naming_init_from():
@@ -185,10 +185,24 @@ def build_learner(
         batches=Batches(
             data.train, windows, network.n_vocab, batch_size, process.rank, process.world_size, process.device
         ),
-        replica=replicate(network, objective, process, settings.runtime, settings.optim.ema_decay),
+        replica=replicate(network, objective, process, settings),
         # After it, as it may have cut the parameters.
         optimizer=build_optimizer(network, settings.optim),
     )
+
+
+def replicate(network: GPT, objective: nn.Module, process: Process, settings: Settings) -> Replica:
+    """Return what `runtime.parallel` says: this process's copy of a network, or its part of one."""
+    kind = Replica
+    if _is_cut(settings, process):
+        from dist_train.runtime.sharding import ShardedReplica  # takes a second to import
+
+        kind = ShardedReplica
+    return kind(network, objective, process, settings.runtime, settings.optim.ema_decay)
+
+
+def _is_cut(settings: Settings, process: Process) -> bool:
+    return settings.runtime.parallel == "fsdp" and process.world_size > 1
 
 
 def _require_agreement(process: Process, facts: dict[str, Any]) -> None:
