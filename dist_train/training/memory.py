@@ -16,6 +16,20 @@ _HISTORY = 20_000
 
 
 @contextmanager
+def naming_memory_of_parts() -> Iterator[None]:
+    """Turn an allocation that fails within, while a run is assembled, into a `UserError` that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory before the first update: weights, gradients and the optimizer's state do not fit; "
+            "`train CONFIG --dry-run` says what they take, and --runtime.parallel=fsdp has several GPUs share them"
+        ) from error
+
+
+@contextmanager
 def naming_memory(run: Run) -> Iterator[None]:
     """Turn an allocation that fails within into a `UserError` that says how much was computed at once, and what helps.
 

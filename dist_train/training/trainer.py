@@ -18,7 +18,7 @@ from dist_train.training.checkpoint import Progress
 from dist_train.training.curriculum import last_k_at
 from dist_train.training.ending import Ending, agree_to_end, end, raise_impossible, require_same_weights
 from dist_train.training.loss import first_loss_warning, require_possible
-from dist_train.training.memory import naming_memory
+from dist_train.training.memory import naming_memory, naming_memory_of_parts
 from dist_train.training.meter import Update
 from dist_train.training.optimizer import learning_rate, set_learning_rate
 from dist_train.training.run_folder import RunFolder
@@ -32,7 +32,8 @@ def train(settings: Settings) -> RunFolder:
     folder = RunFolder(settings.run.out_dir)
     with listening() as stop, start_process(settings.runtime) as process, contextlib.ExitStack() as held:
         process.on_main(lambda: held.enter_context(folder.claimed()))
-        run = assemble(settings, process, folder)
+        with naming_memory_of_parts():
+            run = assemble(settings, process, folder)
         stop.is_deferred = True
         with (
             run.record,

@@ -169,6 +169,13 @@ def test_too_little_memory_is_said_with_what_helps(tiny_arguments: Arguments, tm
     assert status_of(tmp_path / "run") == ("failed", 2, 0)
 
 
+def test_a_network_that_does_not_fit_is_named_before_the_first_update(tiny_arguments: Arguments) -> None:
+    statuses, (errors,) = finish(start_together([tiny_arguments({"model.n_embd": 8192})], program=["-c", _WITH_2_GIB]))
+    assert statuses == [2], errors
+    assert errors.startswith("error: out of memory before the first update")
+    assert errors.count("\n") == 1
+
+
 # Like `python -m dist_train`, but gloo's threads take their time to forget a reduction that is done.
 _FORGETS_SLOWLY = """
 import sys, time
