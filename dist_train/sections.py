@@ -115,9 +115,7 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _freeze_what_is_there(self) -> "ModelSettings":
         if missing := [block for block in self.freeze if block != "embeddings" and block >= self.n_layer]:
-            raise ValueError(
-                f"freeze: there is no block {missing[0]}; n_layer={self.n_layer} are 0 … {self.n_layer - 1}"
-            )
+            raise ValueError(f"freeze: there is no block {missing[0]}; the last is n_layer − 1 = {self.n_layer - 1}")
         return self
 
 

@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from dist_train.errors import UserError
 from dist_train.runtime.parallel import Replica, norm_of
 from dist_train.runtime.process import Process
 from dist_train.sections import RuntimeSettings
@@ -27,8 +26,6 @@ class ShardedReplica(Replica):
     is_copy = False
 
     def _distribute(self, objective: nn.Module, process: Process, settings: RuntimeSettings) -> nn.Module:
-        if self.precision == torch.float16:
-            raise UserError("runtime.parallel: fsdp does not scale gradients, which fp16 needs; use bf16, fp32 or ddp")
         self._device, self._mesh = process.device, init_device_mesh(process.device.type, (process.world_size,))
         self._whole = copy.deepcopy(self.network).to("meta").eval()
         reduced = torch.bfloat16 if settings.gradient_reduction == "bf16" else torch.float32

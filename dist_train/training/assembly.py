@@ -19,6 +19,7 @@ from dist_train.errors import UserError
 from dist_train.model.gpt import GPT, build, recompute_blocks
 from dist_train.model.pretrained import Weights, load, require_fit
 from dist_train.runtime.parallel import Replica
+from dist_train.runtime.precision import choose_precision
 from dist_train.runtime.process import Process
 from dist_train.runtime.shares import micro_batch_size
 from dist_train.training.checkpoint import checkpoints_in
@@ -124,6 +125,8 @@ def assemble(settings: Settings, process: Process, folder: RunFolder) -> Run:
 def _refuse(settings: Settings, process: Process, folder: RunFolder) -> None:
     """Raise `UserError` for what can be told before anything is done."""
     micro_batch_size(settings.train, process.world_size)
+    if _is_cut(settings, process) and choose_precision(settings.runtime, process.device) == torch.float16:
+        raise UserError("runtime.parallel: fsdp does not scale gradients, which fp16 needs; use bf16, fp32 or ddp")
     if settings.checkpoint.resume == "never" and folder.has_run():
         raise UserError(f"run.out_dir: {folder.root} has a run and checkpoint.resume is never; choose another folder")
 

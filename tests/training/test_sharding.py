@@ -8,11 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from dist_train.config import Settings
-from dist_train.errors import UserError
-from dist_train.model.gpt import build
-from dist_train.runtime.process import Process
-from dist_train.training.assembly import replicate
-from dist_train.training.loss import LastKLoss
 from dist_train.training.trainer import train
 from tests.conftest import finish, losses, metrics, start_together
 
@@ -43,8 +38,9 @@ def test_a_run_may_change_from_parts_to_copies_and_back(
     assert all(line["gradient_noise"] is not None for line in metrics(run, "train"))
 
 
-def test_float16_is_refused_where_nothing_scales_its_gradients(tiny: Callable[..., Settings]) -> None:
-    settings = tiny({"runtime.parallel": "fsdp", "runtime.precision": "fp16"})
-    network = build(settings.model, 257, 0, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"runtime\.parallel: fsdp .* use bf16, fp32 or ddp"):
-        replicate(network, LastKLoss(network), Process(0, 2, torch.device("cpu")), settings)
+def test_float16_is_refused_where_nothing_scales_its_gradients(tiny_arguments: Callable[..., list[str]]) -> None:
+    arguments = tiny_arguments({"runtime.parallel": "fsdp", "runtime.precision": "fp16"})
+    statuses, errors = finish(start_together([arguments] * 2))
+    assert statuses == [2, 2]
+    assert sorted(bool(error) for error in errors) == [False, True]
+    assert "use bf16, fp32 or ddp" in "".join(errors)
