@@ -58,6 +58,7 @@ def _train(settings: Settings, dry_run: bool, **options: Any) -> None:
     print(f"loss plot    {picture}")
     if sample:
         print(f"sample text  {sample}")
+    print(f"more text    {sys.executable} -m dist_train generate {folder.root} --interactive")
     print(f"tensorboard  {sys.executable} -m tensorboard.main --host localhost --logdir {folder.root.parent}")
 
 
