@@ -26,18 +26,12 @@ _PATIENCE_SECONDS = 60.0
 def commit_of(repository: str, revision: str | None) -> str:
     """Return the commit that a dataset repository's commit, tag or branch is, by default its newest.
 
-    Asked once and ahead: everything is read at this commit, even if `main` moves, and `datasets` by itself tries for
-    half a minute before it says that there is no hub.
+    Everything is read at this commit, even if `main` moves.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    def ask() -> str:
-        timeout = _FIRST_ANSWER_SECONDS
-        return str(HfApi().dataset_info(repository, revision=revision or "main", expand=["sha"], timeout=timeout).sha)
-
     try:
-        return _within(_FIRST_ANSWER_SECONDS, ask)
+        return first_answer("dataset", repository, revision or "main")
     except RevisionNotFoundError:
         raise UserError(
             f"data.revision: {repository} has no {revision or 'main'!r}; give a commit, tag or branch of it"
@@ -49,6 +43,26 @@ def commit_of(repository: str, revision: str | None) -> str:
         ) from None
     except Exception as error:
         raise _unreachable(repository, error) from None
+
+
+def first_answer(kind: str, repository: str, revision: str) -> str:
+    """Return the commit of a `dataset` or `model` at a revision; raises whatever the hub's client does, within seconds.
+
+    Asked once and ahead of what is wanted, for which the client by itself tries half a minute before it says that there
+    is no hub.
+    """
+    from huggingface_hub import HfApi
+
+    _silence_tries()
+    wait = _FIRST_ANSWER_SECONDS
+    options: dict[str, Any] = {"repo_type": kind, "revision": revision, "expand": ["sha"], "timeout": wait}
+    return str(_within(wait, lambda: HfApi().repo_info(repository, **options).sha))
+
+
+def _silence_tries() -> None:
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it tells of each try in two lines, from every process
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:
@@ -85,12 +99,12 @@ def persist(name: str, action: Callable[[], T]) -> T:
                 raise
             if _is_final(error):
                 raise UserError(
-                    f"cannot read {name} from the hub: {_reason(error)}; check data.revision, or log in with "
+                    f"cannot read {name} from the hub: {reason_of(error)}; check data.revision, or log in with "
                     f"`hf auth login`"
                 ) from None
             if time.monotonic() - started + wait > _PATIENCE_SECONDS:
                 raise UserError(
-                    f"cannot read {name} from the hub: {_reason(error)}; connect to the internet and give the same "
+                    f"cannot read {name} from the hub: {reason_of(error)}; connect to the internet and give the same "
                     f"command again, it goes on where it was"
                 ) from None
         forget_open_files()
@@ -114,21 +128,21 @@ def _is_final(error: Exception) -> bool:
 
 def _unreachable(repository: str, error: Exception) -> UserError:
     return UserError(
-        f"cannot reach {repository} on the hub: {_reason(error)}; connect to the internet, or read local files with "
+        f"cannot reach {repository} on the hub: {reason_of(error)}; connect to the internet, or read local files with "
         f"--data.source=files --data.path=…"
     )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return in a line what the hub's client says in several."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]  # the others are where to read more
 
 
 def open_remote(url: str, **options: Any) -> Any:
     from huggingface_hub import HfFileSystem
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it tells of each try in two lines, from every process
+    _silence_tries()
     return HfFileSystem().open(url, **options)
 
 
@@ -167,7 +181,7 @@ def _read_parquet(name: str, action: Callable[[], T]) -> T:
     try:
         return persist(name, action)
     except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read {name} as parquet: {_reason(error)}; choose another data.revision") from None
+        raise UserError(f"cannot read {name} as parquet: {reason_of(error)}; choose another data.revision") from None
 
 
 @dataclass(frozen=True)
@@ -208,7 +222,7 @@ def _urls(repository: str, subset: str, commit: str) -> list[str]:
         raise UserError(f"data.subset: {repository} has no {subset!r}; choose one of {_list(names)}") from None
     except RuntimeError as error:  # of a revision with a loading script: `datasets` runs none since 4.0
         raise UserError(
-            f"data.revision: cannot read {repository} at {commit}: {_reason(error)}; choose another"
+            f"data.revision: cannot read {repository} at {commit}: {reason_of(error)}; choose another"
         ) from None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_train.data.hub import first_answer, reason_of
 from dist_train.errors import UserError
 from dist_train.model.pretrained import Weights
 from dist_train.training.hf_folder import CONFIG, WEIGHTS, open_folder
@@ -44,22 +45,24 @@ def is_gpt2(init_from: str) -> bool:
 
 def _download(name: str) -> Path:
     """Return the folder of the hub's cache that has the weights; the processes of a machine download them once."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, commit = f"openai-community/{name}", _COMMITS[name]
+    kept = [try_to_load_from_cache(repository, file, revision=commit) for file in (CONFIG, WEIGHTS)]
     try:
+        if not all(isinstance(path, str) for path in kept):
+            first_answer("model", repository, commit)
         config, _ = (hf_hub_download(repository, file, revision=commit) for file in (CONFIG, WEIGHTS))
         return Path(config).parent
     except Exception as error:  # the client's versions use three HTTP libraries without a common base
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         remedy = (
             "a pickled pytorch_model.bin is not read; use a folder that has both"
             if is_missing
             else "connect to the internet once, or use a folder that has them"
         )
-        raise UserError(f"cannot get {CONFIG} and {WEIGHTS} of {repository} ({lines[0]:.200}); {remedy}") from None
+        raise UserError(f"cannot get {CONFIG} and {WEIGHTS} of {repository} ({reason_of(error)}); {remedy}") from None
 
 
 def bit_sums(network: nn.Module) -> dict[str, int]:

@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         kind = re.fullmatch(
-            r"/(?:api/)?(?:datasets/)?(?P<name>[^/]+/[^/]+)(?:/(?P<what>resolve|tree|revision)/(?P<revision>[^/]+)(?P<rest>/.*)?)?",
+            r"/(?:api/)?(?:datasets/|models/)?(?P<name>[^/]+/[^/]+)(?:/(?P<what>resolve|tree|revision)/(?P<revision>[^/]+)(?P<rest>/.*)?)?",
             urlsplit(self.path).path,
         )
         repository = self.server.repositories.get(kind["name"]) if kind else None
