@@ -54,7 +54,10 @@ def _texts(saved: Saved) -> dict[str, str]:
     model, end = saved.settings.model, end_of_text(saved.encoding)
     values: dict[str, Any] = {
         CONFIG: their_config(model, saved.encoding.n_vocab, end),
-        "generation_config.json": dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+        "generation_config.json": {
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+            "max_length": model.block_size,  # of which transformers knows nothing by itself, and fails beyond
+        },
         "tokenizer.json": tokenizer_json(saved.encoding),
         "tokenizer_config.json": tokenizer_config(model.block_size),
     }
@@ -86,7 +89,8 @@ def _seen(saved: Saved) -> str:
         return "a number of last positions that changed with the step (`loss.curriculum` below)"
     if saved.settings.last_k == saved.settings.model.block_size:
         return "every position"
-    return f"the last {saved.settings.last_k} positions alone: shorter contexts it was not trained to continue"
+    positions = "final position" if saved.settings.last_k == 1 else f"last {saved.settings.last_k} positions"
+    return f"the {positions} alone: shorter contexts it was not trained to continue"
 
 
 _CARD = """\
@@ -101,6 +105,8 @@ A language model of GPT-2's layout, trained with dist_train.
 - Weights: sha256 `{sha256}` of the checkpoint's `model.safetensors` that this was made from; data: `{data}`.
 - `<|endoftext|>` stood before each document in training, so a text that starts one is best given it first. Spelled
   within a text, it was plain text there, and is the special token here.
+- A text ends at {T} tokens, its beginning included: there are no more positions. `generate` of dist_train goes on from
+  the last ones.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +114,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 model = AutoModelForCausalLM.from_pretrained("this folder")
 inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(**inputs, do_sample=True)[0]))
 ```
 
 All settings of the run:

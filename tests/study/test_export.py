@@ -1,6 +1,7 @@
 """An exported run is the same network to the library that everybody has, and to a run that starts from it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_transformers_loads_and_generates_without_custom_code(trained: Path, tmp
     assert load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"].shape == (257, 32)
 
 
+def test_the_cards_example_runs_as_printed(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(train(tiny({**SHORT, "model.block_size": 24})).root, tmp_path / "out")
+    (example,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
+    capsys.readouterr()
+    torch.manual_seed(1)
+    exec(example.replace("this folder", str(tmp_path / "out")), {})
+    assert capsys.readouterr().out.startswith("<|endoftext|>Once upon a time")
+
+
 def test_the_tokenizer_of_gpt2(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared/data")
@@ -104,7 +114,7 @@ def test_the_card_says_where_it_comes_from_and_not_where_it_lay(trained: Path, t
     for said in (
         manifest["sha256"]["model.safetensors"],
         "4 updates on 512 tokens",
-        "the last 1 positions",
+        "the final position alone",
         "n_layer: 2",
     ):
         assert said in card
