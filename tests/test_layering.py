@@ -62,10 +62,17 @@ def test_only_runtime_knows_processes_and_one_file_of_it_each_way_to_share_the_w
         assert path.parent.name == "runtime" or not any("torch.distributed" in name for name in names)
 
 
-def test_training_needs_nothing_that_only_prepare_does() -> None:
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [
+        ("training.trainer", ["datasets", "pyarrow", "pandas", "matplotlib", "scipy"]),
+        ("study.plots", ["torch", "scipy"]),
+    ],
+)
+def test_what_every_run_loads_needs_nothing_that_only_other_commands_do(module: str, others: list[str]) -> None:
     code = (
-        "import sys; import dist_train.training.trainer; "
-        "sys.exit(str([m for m in ('datasets', 'pyarrow', 'pandas', 'matplotlib') if m in sys.modules] or ''))"
+        f"import sys; import dist_train.{module}; "
+        f"sys.exit(str([other for other in {others} if other in sys.modules] or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stderr.strip() == ""

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from dist_train.errors import UserError
 
 BUDGETS = ("updates", "supervised tokens", "FLOPs", "seconds")
 """What can be made equal for runs that are compared. Seconds are of this machine, evaluating and saving left out."""
 LOSSES = ("final_token_loss", "all_token_loss")
-# Long enough for a straight line to be told from noise, short enough for the loss to fall along one.
-_TREND_UPDATES = 60
 
 
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -81,33 +78,3 @@ def read_curve(run: Path) -> Curve:
         {budget: np.array(amounts, dtype=float) for budget, amounts in spent.items()},
         {loss: np.array([line[loss] for line in evals]) for loss in LOSSES},
     )
-
-
-@dataclass(frozen=True)
-class Trend:
-    """A training loss taken apart."""
-
-    level: float
-    """Where the trend ends, in nats."""
-    slope: float
-    """By how much it changes in 100 updates at the end, in nats."""
-    noise: float
-    """Standard deviation of the updates' losses about the trend, in nats."""
-
-
-def trend_of(losses: np.ndarray) -> Trend:
-    """Take the second half of a run's training losses [n] apart, in the first half of which it falls too fast.
-
-    The trend is made of straight lines over about 60 updates each, by the median of slopes (Theil 1950, Sen 1968): a
-    few wild updates move neither it nor the level, but count as noise.
-    """
-    half = losses[len(losses) // 2 :]
-    pieces = np.array_split(half, max(1, round(len(half) / _TREND_UPDATES)))
-    level = slope = squares = 0.0
-    for piece in pieces:
-        steps = np.arange(len(piece))
-        slope, intercept = stats.theilslopes(piece, steps)[:2] if len(piece) > 1 else (0.0, piece[0])
-        level = intercept + slope * (len(piece) - 1)
-        squares += float(((piece - intercept - slope * steps) ** 2).sum())
-    # Two numbers of each line are fitted to the losses themselves.
-    return Trend(float(level), 100 * float(slope), math.sqrt(squares / max(1, len(half) - 2 * len(pieces))))

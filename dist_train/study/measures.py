@@ -10,7 +10,8 @@ from dist_train.data.description import describe_once
 from dist_train.data.manifest import Manifest
 from dist_train.study.evaluate import SUITES, estimates, read_suite
 from dist_train.study.inspect import read_inspection
-from dist_train.study.learning import LOSSES, Curve, read_metrics, trend_of
+from dist_train.study.learning import LOSSES, Curve, read_metrics
+from dist_train.study.trend import trend_of
 
 Measures = dict[str, float | None]
 """By name; None where a run has nothing to measure it by."""

@@ -1,4 +1,4 @@
-"""A run's losses over what they cost, and its training loss taken apart."""
+"""A run's losses over what they cost."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dist_train.errors import UserError
-from dist_train.study.learning import BUDGETS, Curve, read_curve, read_metrics, trend_of
+from dist_train.study.learning import BUDGETS, Curve, read_curve, read_metrics
 
 
 def curve(updates: list[float], losses: list[float]) -> Curve:
@@ -74,24 +74,3 @@ def test_records_that_are_broken_or_of_an_earlier_version_are_one_line(tmp_path:
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "train"}\n{"kind": "eval", "st')
     assert read_metrics(tmp_path, "eval") == [{"kind": "eval", "step": 0}]
-
-
-def test_noise_is_what_goes_up_and_down_not_what_falls() -> None:
-    steps = np.arange(2000)
-    trend = 2 + 3 * np.exp(-steps / 300)
-    noise = np.random.default_rng(1).normal(scale=0.2, size=len(steps))
-    found = trend_of(trend + noise)
-    assert found.noise == pytest.approx(0.2, rel=0.06)
-    assert found.level == pytest.approx(trend[-1], abs=0.1)
-    assert trend_of(trend).noise < 0.002
-    assert trend_of(trend).slope == pytest.approx(100 * (trend[-1] - trend[-2]), rel=0.2)
-    assert trend_of(np.array([3.0])).noise == 0
-
-
-def test_a_few_wild_updates_move_neither_trend_nor_level_but_are_noise() -> None:
-    calm = np.linspace(4, 3, 400)
-    wild = calm.copy()
-    wild[[310, 355, 399]] += 5
-    assert trend_of(wild).level == pytest.approx(trend_of(calm).level, abs=0.01)
-    assert trend_of(wild).slope == pytest.approx(trend_of(calm).slope, abs=0.02)
-    assert trend_of(wild).noise > 0.5
