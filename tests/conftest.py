@@ -160,6 +160,12 @@ def finish(started: list[Started]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in started], errors
 
 
+def train_together(arguments: Sequence[str], processes: int = 2, environment: dict[str, str] | None = None) -> None:
+    """Train in so many processes joined by hand, all of which succeed."""
+    statuses, errors = finish(start_together([arguments] * processes, environment))
+    assert statuses == [0] * processes, errors
+
+
 def wait_for(condition: Callable[[], object], process: Started) -> None:
     """Wait until what a process does shows, as long as it lives."""
     while not condition():

@@ -14,7 +14,7 @@ from dist_train.errors import UserError
 from dist_train.model.cost import step_flops
 from dist_train.training.curriculum import last_k_at
 from dist_train.training.trainer import train
-from tests.conftest import losses, metrics, run_torchrun
+from tests.conftest import losses, metrics, train_together
 
 STAGES = [{"from_step": 0, "last_k": "all"}, {"from_step": 5, "last_k": 1}]
 
@@ -116,8 +116,7 @@ def test_two_processes_follow_a_curriculum_like_one(
     changes = {"loss.curriculum": json.dumps(STAGES), "model.dropout": 0}
     one = run(tiny, tmp_path / "one", changes)
     two = tmp_path / "two"
-    result = run_torchrun(2, "train", *tiny_arguments({**changes, "run.out_dir": two}))
-    assert result.returncode == 0, result.stderr
+    train_together(tiny_arguments({**changes, "run.out_dir": two}))
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 

@@ -19,7 +19,7 @@ from dist_train.model.pretrained import load, require_fit
 from dist_train.sections import ModelSettings
 from dist_train.training.initial_weights import _COMMITS, open_weights
 from dist_train.training.trainer import train
-from tests.conftest import finish, losses, metrics, run_command, start_together
+from tests.conftest import finish, losses, metrics, run_command, start_together, train_together
 from tests.data.hub_server import Hub, Repository, environment
 
 Tiny = Callable[..., Settings]
@@ -225,12 +225,10 @@ def test_a_run_starts_from_them_and_does_not_read_them_again(folder: Path, tmp_p
     assert losses(tmp_path / "run") != losses(tmp_path / "chance")
 
 
-def test_two_processes_start_from_the_same(folder: Path, tiny_arguments: Arguments, tmp_path: Path) -> None:
+def test_two_processes_start_from_the_same(folder: Path, tiny: Tiny, tiny_arguments: Arguments, tmp_path: Path) -> None:
     base = {**FITS, "model.init_from": folder, "model.dropout": 0.0, "train.max_iters": 4}
-    one = run_command("train", *tiny_arguments({**base, "run.out_dir": tmp_path / "one"}))
-    assert one.returncode == 0, one.stderr
-    statuses, errors = finish(start_together([tiny_arguments(base)] * 2))
-    assert statuses == [0, 0], errors
+    train(tiny({**base, "run.out_dir": tmp_path / "one"}))
+    train_together(tiny_arguments(base))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
@@ -278,12 +276,19 @@ def hub(folder: Path) -> Iterator[Hub]:
 def test_weights_come_from_the_hub_once(hub: Hub, tiny_arguments: Arguments, tmp_path: Path) -> None:
     base = {**FITS, "model.init_from": "gpt2", "train.max_iters": 1}
     variables = environment(hub.url, tmp_path / "home")
-    statuses, errors = finish(start_together([tiny_arguments(base)] * 2, environment=variables))
-    assert statuses == [0, 0], errors
+    train_together(tiny_arguments(base), environment=variables)
     assert len(hub.reads("model.safetensors")) == 1
     nowhere = environment("http://127.0.0.1:9", tmp_path / "home")
     again = run_command("train", *tiny_arguments({**base, "run.out_dir": tmp_path / "again"}), environment=nowhere)
     assert again.returncode == 0, again.stderr
+
+
+def test_no_hub_is_one_line_and_soon(tiny_arguments: Arguments, tmp_path: Path) -> None:
+    variables = environment("http://127.0.0.1:9", tmp_path / "home")
+    result = run_command("train", *tiny_arguments({"model.init_from": "gpt2"}), environment=variables)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, "none for each of the client's tries, which take half a minute"
+    assert "connect to the internet once" in result.stderr
 
 
 @pytest.mark.parametrize(

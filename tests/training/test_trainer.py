@@ -16,7 +16,7 @@ from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process
 from dist_train.training import trainer
 from dist_train.training.trainer import train
-from tests.conftest import finish, losses, metrics, run_command, run_torchrun, start_together
+from tests.conftest import losses, metrics, train_together
 
 Tiny = Callable[..., Settings]
 Arguments = Callable[..., list[str]]
@@ -84,13 +84,12 @@ def test_what_is_frozen_stays_as_it_was_and_has_no_state(tiny: Tiny, tmp_path: P
 def test_resumed_on_another_number_of_processes_it_goes_on_like_the_uninterrupted(
     first: int, then: int, tiny_arguments: Arguments, tiny: Tiny, tmp_path: Path
 ) -> None:
-    still = {"model.dropout": 0.0, "loss.last_k": 4, "eval.interval": 25, "train.max_iters": 100}
+    still = {"model.dropout": 0.0, "loss.last_k": 4, "eval.interval": 20, "train.max_iters": 40}
     whole = train(tiny({**still, "run.out_dir": tmp_path / "whole"})).root
-    for processes, last in ((first, 50), (then, 100)):
-        statuses, errors = finish(start_together([tiny_arguments({**still, "train.max_iters": last})] * processes))
-        assert statuses == [0] * processes, errors
+    for processes, last in ((first, 20), (then, 40)):
+        train_together(tiny_arguments({**still, "train.max_iters": last}), processes)
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-5)
-    assert len(losses(whole)) == 100
+    assert len(losses(whole)) == 40
 
 
 def test_a_run_killed_between_checkpoints_goes_on_as_if_never_stopped(
@@ -154,12 +153,12 @@ def test_accumulating_equals_one_batch(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", ["rank0", "all"])
-def test_two_processes_train_and_evaluate_like_one(ranks: str, tiny_arguments: Arguments, tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_like_one(
+    ranks: str, tiny: Tiny, tiny_arguments: Arguments, tmp_path: Path
+) -> None:
     base = {"model.dropout": 0.0, "loss.last_k": 2, "eval.ranks": ranks, "train.micro_batch_size": 2}
-    one = run_command("train", *tiny_arguments({**base, "run.out_dir": tmp_path / "one"}))
-    two = run_torchrun(2, "train", *tiny_arguments({**base, "run.out_dir": tmp_path / "two"}))
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
+    train(tiny({**base, "run.out_dir": tmp_path / "one"}))
+    train_together(tiny_arguments({**base, "run.out_dir": tmp_path / "two"}))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
     for line, same in zip(metrics(tmp_path / "one", "eval"), metrics(tmp_path / "two", "eval"), strict=True):
         assert line["final_token_loss"] == pytest.approx(same["final_token_loss"], abs=1e-5)
@@ -169,13 +168,12 @@ def test_two_processes_train_and_evaluate_like_one(ranks: str, tiny_arguments: A
     ]
 
 
-def test_two_processes_may_add_up_their_gradients_in_bf16(tiny_arguments: Arguments, tmp_path: Path) -> None:
+def test_two_processes_may_add_up_their_gradients_in_bf16(
+    tiny: Tiny, tiny_arguments: Arguments, tmp_path: Path
+) -> None:
     base = {"model.dropout": 0.0, "loss.last_k": 2, "train.max_iters": 4, "eval.batches": 1}
-    one = run_command("train", *tiny_arguments({**base, "run.out_dir": tmp_path / "one"}))
-    halved = {**base, "runtime.gradient_reduction": "bf16", "run.out_dir": tmp_path / "two"}
-    two = run_torchrun(2, "train", *tiny_arguments(halved))
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
+    train(tiny({**base, "run.out_dir": tmp_path / "one"}))
+    train_together(tiny_arguments({**base, "runtime.gradient_reduction": "bf16", "run.out_dir": tmp_path / "two"}))
     norms, others = ([line["grad_norm"] for line in metrics(tmp_path / run, "train")] for run in ("one", "two"))
     assert norms[:2] != others[:2]
     assert norms[:2] == pytest.approx(others[:2], rel=0.01)
