@@ -84,12 +84,12 @@ def test_what_is_frozen_stays_as_it_was_and_has_no_state(tiny: Tiny, tmp_path: P
 def test_resumed_on_another_number_of_processes_it_goes_on_like_the_uninterrupted(
     first: int, then: int, tiny_arguments: Arguments, tiny: Tiny, tmp_path: Path
 ) -> None:
-    still = {"model.dropout": 0.0, "loss.last_k": 4, "eval.interval": 20, "train.max_iters": 40}
+    still = {"model.dropout": 0.0, "loss.last_k": 4, "eval.interval": 50, "train.max_iters": 100}
     whole = train(tiny({**still, "run.out_dir": tmp_path / "whole"})).root
-    for processes, last in ((first, 20), (then, 40)):
+    for processes, last in ((first, 50), (then, 100)):
         train_together(tiny_arguments({**still, "train.max_iters": last}), processes)
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-5)
-    assert len(losses(whole)) == 40
+    assert len(losses(whole)) == 100
 
 
 def test_a_run_killed_between_checkpoints_goes_on_as_if_never_stopped(
