@@ -13,6 +13,8 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dist_train.config import Settings
 from dist_train.config_file import load_settings
@@ -182,3 +184,16 @@ def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 def losses(run: Path) -> list[float]:
     """Return the training losses of a run, in order."""
     return [line["loss"] for line in metrics(run, "train")]
+
+
+def weights(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    """Return all that a run's checkpoint holds of network and optimizer."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """See that two runs end in the same bits, the optimizer's too."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

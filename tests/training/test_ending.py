@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dist_train.config import Settings
 from dist_train.errors import LossError, StoppedError, UserError
@@ -22,7 +21,17 @@ from dist_train.runtime.stop import Stop
 from dist_train.training import evaluation, trainer
 from dist_train.training.run_folder import RunFolder
 from dist_train.training.trainer import train
-from tests.conftest import ROOT, finish, losses, metrics, start_together, train_together, wait_for
+from tests.conftest import (
+    ROOT,
+    assert_same_weights,
+    finish,
+    losses,
+    metrics,
+    start_together,
+    train_together,
+    wait_for,
+    weights,
+)
 
 Tiny = Callable[..., Settings]
 Arguments = Callable[..., list[str]]
@@ -32,11 +41,6 @@ NEVER = {"eval.interval": 10**6, "checkpoint.interval": 10**6, "train.max_iters"
 def status_of(run: Path) -> tuple[str, int, int]:
     values = json.loads((run / "run_status.json").read_text())
     return values["status"], values["exit_status"], values["last_step"]
-
-
-def saved_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
 
 
 # ---- on request ------------------------------------------------------------------------------------------------------
@@ -69,8 +73,7 @@ def test_a_run_that_is_asked_to_stop_saves_that_very_update_and_goes_on_from_it(
     monkeypatch.undo()
     train(tiny({"run.out_dir": tmp_path / "cut"}))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    one, other = (saved_weights(tmp_path / name, 12) for name in ("whole", "cut"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_one_process_that_is_asked_stops_all_of_them(tiny_arguments: Arguments, tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_one_process_that_is_asked_stops_all_of_them(tiny_arguments: Arguments, 
     assert errors[0].startswith(f"error: stopped on request after update {last_step}, everything is saved")
     assert errors[0].count("\n") == 1
     assert errors[1] == ""
-    assert saved_weights(tmp_path / "run", last_step)
+    assert weights(tmp_path / "run", last_step)
 
 
 def test_a_run_that_was_asked_to_stop_may_end_right_there(tiny_arguments: Arguments, tmp_path: Path) -> None:

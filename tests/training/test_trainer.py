@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dist_train.config import Settings
 from dist_train.errors import LossError, UserError
@@ -16,21 +15,10 @@ from dist_train.runtime.parallel import Replica
 from dist_train.runtime.process import Process
 from dist_train.training import trainer
 from dist_train.training.trainer import train
-from tests.conftest import losses, metrics, train_together
+from tests.conftest import assert_same_weights, losses, metrics, train_together, weights
 
 Tiny = Callable[..., Settings]
 Arguments = Callable[..., list[str]]
-
-
-def weights(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("stop", range(1, 12))
